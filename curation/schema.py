@@ -1,0 +1,163 @@
+"""Every table of a run folder as a pyarrow schema, with a comment on each column.
+
+This module is all that `k2model` shares with `curation`: the two packages meet only in a Parquet file.
+`docs/tables.md` is made from it (`python -m curation.schema > docs/tables.md`).
+"""
+
+import pyarrow as pa
+
+PHASH_BYTES = 18  # 12 x 12 bits (K2 report: 12x12 phash, because the default 8x8 has too many false positives)
+COLORHASH_BYTES = 6  # 14 bins x 3 bits = 42 bits, padded to whole bytes
+
+
+def column(name: str, kind: pa.DataType, comment: str, nullable: bool = True) -> pa.Field:
+    """A field that carries its own documentation."""
+    return pa.field(name, kind, nullable=nullable, metadata={"comment": comment})
+
+
+UID = column("uid", pa.string(), 'sample id, "<shard>/<key>"; unique in a run', nullable=False)
+ERROR = column("error", pa.string(), "why the sample has no values here; null when it has")
+
+SAMPLES = pa.schema(
+    [
+        UID,
+        column("shard", pa.string(), "shard that the sample came from", nullable=False),
+        column(
+            "key", pa.string(), "key inside the shard (tar: WebDataset key; folder: relative path; Parquet: row number)", nullable=False
+        ),
+        column("image", pa.binary(), "encoded image bytes, exactly as in the source; null when the sample has none"),
+        column("caption", pa.string(), "caption of the source; the file's folder and name in words when it has none"),
+        column("caption_source", pa.string(), "txt, json, column, or name (made from the file name, not written by anyone)"),
+        ERROR,
+    ]
+)  # in memory only: image bytes stay in the source until `k2 pack`
+
+BASICS = pa.schema(
+    [
+        UID,
+        column("shard", pa.string(), "shard that the sample came from", nullable=False),
+        column("key", pa.string(), "key inside the shard", nullable=False),
+        column("caption", pa.string(), "caption, as in samples"),
+        column("caption_source", pa.string(), "txt, json, column or name"),
+        column("bytes", pa.int64(), "size of the encoded image; known for broken images too"),
+        column("md5", pa.string(), "md5 of the encoded bytes, 32 hex digits; known for broken images too"),
+        column("width", pa.int32(), "pixels, after EXIF orientation"),
+        column("height", pa.int32(), "pixels, after EXIF orientation"),
+        column("format", pa.string(), "container as Pillow names it: JPEG, PNG, WEBP, AVIF, TIFF, BMP, GIF ..."),
+        column("mode", pa.string(), "Pillow mode before conversion to RGB: RGB, L, CMYK, P, RGBA, I;16 ..."),
+        column("num_frames", pa.int32(), "frames in the file; the first one is used"),
+        column("phash", pa.binary(PHASH_BYTES), "imagehash.phash(hash_size=12) of the upright RGB image, 144 bits, big-endian"),
+        column("phash_mirror", pa.binary(PHASH_BYTES), "the same of the mirrored image"),
+        column("colorhash", pa.binary(COLORHASH_BYTES), "imagehash.colorhash(binbits=3), 42 bits, big-endian, zero padded"),
+        column("rgb_entropy", pa.float32(), "mean Shannon entropy of the R, G, B histograms, bits, 0 to 8"),
+        column("laplacian_var", pa.float32(), "variance of the 4-neighbour Laplacian of luma (0-255), at short side <= 512"),
+        column("white_ratio", pa.float32(), "share of pixels with R, G, B all >= 250"),
+        column("black_ratio", pa.float32(), "share of pixels with R, G, B all <= 5"),
+        column("border_top", pa.float32(), "share of the height that is one flat colour, counted from the top edge"),
+        column("border_bottom", pa.float32(), "the same from the bottom edge"),
+        column("border_left", pa.float32(), "share of the width that is one flat colour, counted from the left edge"),
+        column("border_right", pa.float32(), "the same from the right edge"),
+        column("complexity", pa.float32(), "bytes per pixel of a JPEG quality-75 re-encode at short side <= 512"),
+        column("jpeg_quality", pa.int16(), "IJG quality (1-100) estimated from the luma quantisation table; null when not JPEG"),
+        ERROR,
+    ]
+)
+
+
+def embedding_schema(dim: int) -> pa.Schema:
+    """Annotation of a tower with `dim` features: one float16 vector per image as fixed-size binary.
+
+    Fixed-size binary writes about 15 times faster than a list column (docs/log.md). Read it back with
+    `np.frombuffer(b"".join(column), np.float16).reshape(-1, dim)`.
+    """
+    return pa.schema([UID, column("vector", pa.binary(2 * dim), f"pooled embedding, {dim} little-endian float16"), ERROR])
+
+
+SYNTHETIC = pa.schema([UID, column("p_synthetic", pa.float32(), "calibrated P(AI-generated), 0 to 1"), ERROR])
+
+CODE = pa.struct([pa.field("feature", pa.int32()), pa.field("value", pa.float32())])
+ARTIFACTS = pa.schema([UID, column("codes", pa.list_(CODE), "the SAE features that fire, largest value first"), ERROR])
+
+DUPLICATES = pa.schema(
+    [
+        UID,
+        column("group", pa.int64(), "duplicate group; null when the image has no duplicate"),
+        column("group_size", pa.int32(), "images in the group; 1 without duplicates"),
+        column("kind", pa.string(), "unique, exact (equal md5 in the group's representative) or perceptual"),
+        column("representative", pa.bool_(), "true for the one image of the group to keep, and for unique images"),
+        column("distance", pa.int16(), "Hamming distance of the phash (or mirrored phash) to the representative, bits of 144"),
+        column("mirrored", pa.bool_(), "true when the mirrored phash is the closer one"),
+        ERROR,
+    ]
+)
+
+TAGS = pa.schema(
+    [
+        column("model", pa.string(), "name of the SAE that the feature belongs to", nullable=False),
+        column("feature", pa.int32(), "SAE feature", nullable=False),
+        column("tag", pa.string(), "what the feature shows", nullable=False),
+        column("verdict", pa.string(), "artifact, style, content, mixed or unknown; only artifact may remove", nullable=False),
+        column("threshold", pa.float32(), "value above which the tag holds", nullable=False),
+    ]
+)  # curation/weights/*.tags.csv
+
+SELECTION = pa.schema(
+    [
+        UID,
+        column("shard", pa.string(), "shard that the sample came from", nullable=False),
+        column("key", pa.string(), "key inside the shard", nullable=False),
+        column("bucket_height", pa.int32(), "height of the image in training, pixels", nullable=False),
+        column("bucket_width", pa.int32(), "width of the image in training, pixels", nullable=False),
+        column("crop_top", pa.int32(), "crop in pixels of the upright source image", nullable=False),
+        column("crop_left", pa.int32(), "crop in pixels of the upright source image", nullable=False),
+        column("crop_height", pa.int32(), "crop in pixels of the upright source image", nullable=False),
+        column("crop_width", pa.int32(), "crop in pixels of the upright source image", nullable=False),
+    ]
+)
+
+PACKED = pa.schema(
+    [
+        UID,
+        column("image", pa.binary(), "JPEG (quality 95, 4:4:4) of exactly bucket_height x bucket_width pixels", nullable=False),
+        column("caption", pa.string(), "caption of the source", nullable=False),
+        column("caption_source", pa.string(), "txt, json, column or name", nullable=False),
+        column("bucket_height", pa.int32(), "height of the image, the same in the whole row group", nullable=False),
+        column("bucket_width", pa.int32(), "width of the image, the same in the whole row group", nullable=False),
+        column("source_height", pa.int32(), "height of the upright source image", nullable=False),
+        column("source_width", pa.int32(), "width of the upright source image", nullable=False),
+        column("crop_top", pa.int32(), "crop in pixels of the upright source image", nullable=False),
+        column("crop_left", pa.int32(), "crop in pixels of the upright source image", nullable=False),
+        column("crop_height", pa.int32(), "crop in pixels of the upright source image", nullable=False),
+        column("crop_width", pa.int32(), "crop in pixels of the upright source image", nullable=False),
+        column("shard", pa.string(), "shard that the sample came from", nullable=False),
+        column("key", pa.string(), "key inside the shard", nullable=False),
+    ]
+)  # a row group is one training batch of one bucket; dataset.json lists them in order
+
+TABLES = {
+    "samples": (SAMPLES, "in memory, from curation.sources"),
+    "basics": (BASICS, "annotations/basics/<shard>.parquet"),
+    "siglip, effnet, compact": (embedding_schema(1), "annotations/<tower>/<shard>.parquet (shown for dim 1)"),
+    "synthetic": (SYNTHETIC, "annotations/synthetic/<shard>.parquet"),
+    "artifacts": (ARTIFACTS, "annotations/artifacts/<shard>.parquet"),
+    "duplicates": (DUPLICATES, "annotations/duplicates/all.parquet, from `k2 dedup`"),
+    "tags": (TAGS, "curation/weights/*.tags.csv"),
+    "selection": (SELECTION, "selection/<policy>.parquet, from `k2 filter`"),
+    "packed": (PACKED, "packed/<policy>/<n>.parquet, from `k2 pack`"),
+}
+
+
+def tables_markdown() -> str:
+    """docs/tables.md."""
+    lines = ["# Tables", "", "Made from `curation/schema.py` by `python -m curation.schema > docs/tables.md`.", ""]
+    for name, (schema, place) in TABLES.items():
+        lines += [f"## {name}", "", f"`{place}`", "", "| column | type | meaning |", "|---|---|---|"]
+        for field in schema:
+            comment = (field.metadata or {}).get(b"comment", b"").decode()
+            lines.append(f"| {field.name} | {field.type} | {comment} |")
+        lines.append("")
+    return "\n".join(lines).rstrip()
+
+
+if __name__ == "__main__":
+    print(tables_markdown())

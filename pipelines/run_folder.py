@@ -1,0 +1,88 @@
+"""RUN/run.json: what made a run folder, and the refusal of another description for it."""
+
+import json
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from curation.shards import describe, write_json
+
+PACKAGES = (
+    "k2-data-engine",
+    "torch",
+    "ray",
+    "pyarrow",
+    "duckdb",
+    "pillow",
+    "numpy",
+    "open_clip_torch",
+    "timm",
+    "imagehash",
+    "diffusers",
+    "transformers",
+)
+
+
+def check_description(run_dir: str | Path, description: dict[str, Any], write: bool = True, may_grow: str | None = None) -> None:
+    """Remember the description in run.json, or compare it with the one that is there.
+
+    `may_grow` names a field whose entries may be added to (the stages of a run); entries that are there stay as they are.
+
+    Raises:
+        ValueError: the folder was made by another description; the text names the fields that differ.
+    """
+    description = json.loads(json.dumps(describe(description)))
+    path = Path(run_dir) / "run.json"
+    if path.exists():
+        before = json.loads(path.read_text())["description"]
+        if may_grow:
+            description[may_grow] = before[may_grow] | description[may_grow]
+            known = {name: description[may_grow][name] for name in before[may_grow]}
+            if write and known == before[may_grow] and description | {may_grow: known} == before and description != before:
+                _remember(path, description)
+                return
+        if before != description:
+            found = differences(before, description)
+            fields = "\n".join(f"  {name}: {old!r} -> {new!r}" for name, old, new in found[:12]) + ("\n  ..." if len(found) > 12 else "")
+            raise ValueError(
+                f"{run_dir} was made by another description:\n{fields}\nChoose a new --out, or delete the folder to start again."
+            )
+    elif write:
+        _remember(path, description)
+
+
+def _remember(path: Path, description: dict[str, Any]) -> None:
+    write_json({"description": description, "versions": versions(), "commit": commit()}, path)
+
+
+def differences(before: Any, after: Any, name: str = "") -> list[tuple[str, Any, Any]]:
+    """(field, old, new) of every leaf that differs between two JSON values."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        keys = sorted(before.keys() | after.keys())
+        return [d for key in keys for d in differences(before.get(key), after.get(key), f"{name}.{key}" if name else key)]
+    return [] if before == after else [(name, before, after)]
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of the packages that can change values."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> str | None:
+    """The git commit of this code, with + when the tree is changed; None outside a checkout."""
+    here = Path(__file__).resolve().parent
+    try:
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run(
+            ["git", "status", "--porcelain", "--untracked-files=no"], cwd=here, capture_output=True, text=True, check=True
+        ).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head + ("+" if changed.strip() else "")
