@@ -16,7 +16,8 @@ def k2(*argv: str) -> int:
 
 def test_help_lists_every_verb_and_an_unknown_verb_is_refused(capsys):
     assert k2("--help") == 0
-    assert all(verb in capsys.readouterr().out for verb in cli.VERBS)
+    shown = capsys.readouterr().out
+    assert all(verb in shown for verb in cli.VERBS)
     assert k2("anotate") == 2 and "choose from demo, annotate" in capsys.readouterr().err
 
 
