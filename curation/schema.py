@@ -67,7 +67,7 @@ BASICS = pa.schema(
 def embedding_schema(dim: int) -> pa.Schema:
     """Annotation of a tower with `dim` features: one float16 vector per image as fixed-size binary.
 
-    Fixed-size binary writes about 15 times faster than a list column (docs/log.md). Read it back with
+    Fixed-size binary writes about 6 times faster than a list column (benchmarks/results/embedding_write.jsonl). Read it back with
     `np.frombuffer(b"".join(column), np.float16).reshape(-1, dim)`.
     """
     return pa.schema([UID, column("vector", pa.binary(2 * dim), f"pooled embedding, {dim} little-endian float16"), ERROR])

