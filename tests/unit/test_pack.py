@@ -135,7 +135,7 @@ def test_the_plan_holds_every_image_once_in_batches_of_one_bucket_whatever_the_o
     assert all(len(file) == 3 for file in files[:-1])
     order = list(range(len(rows)))
     random.shuffle(order)
-    assert plan(table.take(order), packing) == files
+    assert plan(table.take(pa.array(order, pa.int64())), packing) == files
 
 
 def test_another_seed_gives_another_order():
