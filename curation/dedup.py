@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import duckdb
 import numpy as np
 import pyarrow as pa
+import pyarrow.dataset
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
@@ -58,8 +58,7 @@ def made_by(files: list[Path], description: Dedup) -> str:
 
 def read_basics(files: list[Path]) -> pa.Table:
     """The columns that duplicates are found from."""
-    names = ", ".join("'" + str(file).replace("'", "''") + "'" for file in files)
-    return duckdb.connect().sql(f"SELECT {', '.join(COLUMNS)} FROM read_parquet([{names}])").to_arrow_table()
+    return pyarrow.dataset.dataset(files, format="parquet").to_table(columns=list(COLUMNS))
 
 
 def find_duplicates(basics: pa.Table, description: Dedup = Dedup(), watch: Callable[[range], Iterable[int]] = iter) -> pa.Table:

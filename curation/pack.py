@@ -95,6 +95,8 @@ def _piece(sample: dict, chosen: dict) -> dict:
     except DecodeError as problem:
         return facts | {"error": str(problem)}
     size = {"source_height": header.height, "source_width": header.width}
+    if chosen["crop_top"] + chosen["crop_height"] > header.height or chosen["crop_left"] + chosen["crop_width"] > header.width:
+        return facts | {"error": f"the image is {header.width}x{header.height} now, smaller than when it was annotated"}
     return facts | size | {name: chosen[name] for name in chosen if name in PACKED.names} | {"image": crop_and_resize(pixels, chosen)}
 
 

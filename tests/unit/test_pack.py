@@ -106,6 +106,13 @@ def test_an_image_that_broke_after_it_was_chosen_is_named_and_the_others_are_pac
     assert verb.pack(str(run), "p", 4, ray="off") == 1, "the loss is not forgotten when the command runs again"
 
 
+def test_an_image_that_became_smaller_after_it_was_chosen_is_named_too(run, capsys):
+    (run / "pictures/04.png").write_bytes(encode(np.zeros((40, 40, 3), np.uint8), "PNG"))
+    assert verb.pack(str(run), "p", 4, ray="off") == 1
+    assert "04.png was chosen but cannot be packed: the image is 40x40 now" in capsys.readouterr().err
+    assert len(packed_rows(run)) == 13
+
+
 def test_a_missing_selection_says_which_command_makes_it(run):
     with pytest.raises(ValueError, match="k2 filter"):
         verb.pack(str(run), "q")

@@ -1,0 +1,142 @@
+"""Figures: numbers in, matplotlib Figure out. Light background, direct labels, colours told apart with any colour vision."""
+
+from collections.abc import Sequence
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+# Okabe and Ito's palette.
+INK, GREY, PALE, BLUE, SKY, ORANGE, GREEN, PURPLE = "#1b1f24", "#5b6470", "#dde3ea", "#0072b2", "#56b4e9", "#d55e00", "#009e73", "#cc79a7"
+SERIES = (BLUE, ORANGE, GREEN, PURPLE, SKY)
+
+matplotlib.rcParams["svg.hashsalt"] = "k2"  # the same figure is the same SVG
+
+
+def number(value: float) -> str:
+    """A number as people read it: 1,234  0.0123  6."""
+    if value is None or not np.isfinite(value):
+        return "none"
+    if float(value).is_integer() and abs(value) < 1e15:
+        return f"{int(value):,}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def axes(width: float, height: float):
+    """A figure of one pair of axes in our style: no box, grey ticks, room for labels."""
+    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    axis = figure.add_subplot()
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.spines[["left", "bottom"]].set_color(GREY)
+    axis.tick_params(colors=GREY, labelcolor=INK, labelsize=9)
+    return figure, axis
+
+
+def bars(names: Sequence[str], kept: Sequence[int], failed: Sequence[int], alone: Sequence[int], total: int) -> Figure:
+    """A funnel: images left after each rule, what the rule takes from the rest, and what no other rule would have taken."""
+    figure, axis = axes(9, 0.9 + 0.42 * (len(names) + 1))
+    before = [total, *kept[:-1]]
+    rows = np.arange(len(names)) + 1
+    axis.barh(0, total, color=PALE, height=0.7)
+    axis.barh(rows, kept, color=BLUE, height=0.7)
+    axis.barh(rows, np.subtract(before, kept), left=kept, color=ORANGE, height=0.7)
+    for row, left in enumerate([total, *kept]):
+        axis.text(total * 0.008, row, number(left), va="center", color="white" if row and left > total * 0.08 else INK, fontsize=9)
+    for row, all_failed, only in zip(rows, failed, alone, strict=True):
+        text = f"fails {number(all_failed)}, it alone {number(only)}" if all_failed else "fails none"
+        axis.text(total * 1.01, row, text, va="center", color=INK if all_failed else GREY, fontsize=9)
+    axis.set_yticks(range(len(names) + 1), ["all images", *names])
+    axis.set_xlim(0, total * 1.28)
+    axis.invert_yaxis()
+    axis.xaxis.set_visible(False)
+    axis.spines[["left", "bottom"]].set_visible(False)
+    axis.tick_params(length=0)
+    return figure
+
+
+def histogram(values: np.ndarray, name: str, thresholds: Sequence[tuple[str, str, float, int]]) -> Figure:
+    """How a score is spread, and where the rules cut; each threshold is (label, operator, value, images that it removes)."""
+    figure, axis = axes(5.4, 2.7)
+    values = np.asarray(values, np.float64)
+    values = values[np.isfinite(values)]
+    cuts = [cut for _, _, cut, _ in thresholds]
+    log = len(values) > 0 and values.min() > 0 and np.quantile(values, 0.99) > 30 * np.median(values[values <= np.median(values)])
+    low, high = min([*values, *cuts], default=0.0), max([*values, *cuts], default=1.0)
+    low, high = (low, high) if high > low else (low - 0.5, high + 0.5)
+    log = log and low > 0
+    edges = np.geomspace(low, high, 41) if log else np.linspace(low, high, 41)
+    counts, edges = np.histogram(values, edges)
+    axis.bar(edges[:-1], counts, np.diff(edges), align="edge", color=SKY, edgecolor="white", linewidth=0.4)
+    if log:
+        axis.set_xscale("log")
+    top = max(counts.max(initial=1), 1)
+    by_cut: dict[tuple[str, float], list[tuple[str, int]]] = {}
+    for label, operator, cut, removed in thresholds:
+        by_cut.setdefault((operator, cut), []).append((label, removed))
+    for i, ((operator, cut), marks) in enumerate(sorted(by_cut.items(), key=lambda item: item[0][1])):
+        height = top * (1.08 + 0.17 * i)
+        axis.plot([cut, cut], [0, height], color=ORANGE, linewidth=1.3)
+        removed = sorted({count for _, count in marks})
+        text = f" {operator} {number(cut)}  removes {' / '.join(number(count) for count in removed)}"
+        text += f"  ({', '.join(label for label, _ in marks)})" if any(label for label, _ in marks) else ""
+        axis.text(cut, height, text + " ", ha="right" if cut > edges[20] else "left", va="center", fontsize=8.5, color=INK)
+    axis.set_ylim(0, top * (1.16 + 0.17 * len(by_cut)))
+    axis.set_xlabel(name, color=INK, fontsize=10)
+    axis.set_ylabel("images", color=INK, fontsize=9)
+    axis.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+    return figure
+
+
+def curve(phases: Sequence[tuple[str, np.ndarray, np.ndarray]], ylabel: str) -> Figure:
+    """A value over training steps, one colour per phase, raw points pale and their running median strong."""
+    figure, axis = axes(9, 3.2)
+    for i, (label, steps, values) in enumerate(phases):
+        colour = SERIES[i % len(SERIES)]
+        axis.plot(steps, values, ".", color=colour, markersize=3, alpha=0.35)
+        reach = max(1, len(values) // 20)
+        smooth = [np.median(values[max(0, j - reach) : j + reach + 1]) for j in range(len(values))]
+        axis.plot(steps, smooth, color=colour, linewidth=2)
+        axis.annotate(label, (steps[len(steps) // 2], 1.0), xycoords=("data", "axes fraction"), ha="center", va="bottom", color=colour)
+        if i:
+            axis.axvline(steps[0], color=PALE, linewidth=1, zorder=0)
+    if phases and len(phases[-1][2]):
+        last = float(np.median(phases[-1][2][-max(1, len(phases[-1][2]) // 10) :]))
+        axis.annotate(f" {number(last)}", (phases[-1][1][-1], last), color=INK, fontsize=9, va="center")
+    axis.set_xlabel("step", color=INK)
+    axis.set_ylabel(ylabel, color=INK)
+    axis.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
+    return figure
+
+
+def overlaps(names: Sequence[str], together: np.ndarray) -> Figure:
+    """How many images two rules remove together; the diagonal is what each removes. `together` is int (rules, rules)."""
+    figure, axis = axes(1.8 + 0.62 * len(names), 1.2 + 0.5 * len(names))
+    diagonal = np.maximum(np.diag(together), 1)
+    share = together / np.minimum(diagonal[:, None], diagonal[None, :])
+    lower = np.tril(np.ones_like(share, bool))
+    axis.imshow(np.where(lower, share, np.nan), cmap="Blues", vmin=0, vmax=1.4, aspect="auto")
+    for row, column in zip(*np.nonzero(lower), strict=True):
+        if together[row, column]:
+            axis.text(column, row, number(together[row, column]), ha="center", va="center", fontsize=9, color=INK)
+    axis.set_xticks(range(len(names)), names, rotation=40, ha="right")
+    axis.set_yticks(range(len(names)), names)
+    axis.spines[:].set_visible(False)
+    axis.tick_params(length=0)
+    return figure
+
+
+def rates(values: np.ndarray, xlabel: str, ylabel: str) -> Figure:
+    """Sorted positive values, largest first, on a logarithmic scale, with the share that is zero in words."""
+    figure, axis = axes(6, 3)
+    ordered = np.sort(np.asarray(values, np.float64))[::-1]
+    alive = ordered[ordered > 0]
+    axis.plot(np.arange(1, len(alive) + 1), alive, color=BLUE, linewidth=2)
+    axis.set_yscale("log")
+    axis.set_xlabel(xlabel, color=INK)
+    axis.set_ylabel(ylabel, color=INK)
+    axis.text(
+        0.98, 0.95, f"{number(len(alive))} of {number(len(ordered))} above zero", transform=axis.transAxes, ha="right", va="top", color=INK
+    )
+    return figure

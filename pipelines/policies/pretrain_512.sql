@@ -1,0 +1,32 @@
+-- resolution: 512
+--
+-- The second phase. The rules of pretrain_256.sql, whose head explains them, with what the resolution moves: size, complexity
+-- (looser: 512 pixels show more) and compression (stricter: blocks that 256 pixels average away are now visible).
+WITH artifact_tags AS (
+  SELECT fired.uid, count(*) AS num_tags
+  FROM (SELECT uid, unnest(codes, recursive := true) FROM artifacts) AS fired
+  JOIN tags ON tags.model = 'sae-effnet' AND tags.verdict = 'artifact' AND tags.feature = fired.feature AND fired.value > tags.threshold
+  GROUP BY fired.uid
+)
+SELECT
+  basics.uid,
+  basics.error IS NULL AS decoded, -- 2: nothing can be said about a broken file
+  duplicates.representative AS not_duplicate, -- 1: of files that show the same picture, also mirrored, one stays
+  synthetic.p_synthetic < 0.5 AS not_synthetic, -- 5: easier to learn than real images, they pull the output towards themselves
+  buckets.scale >= 1 AS large_enough, -- 3: an enlarged image teaches softness as if it were detail
+  width / height BETWEEN 0.4 AND 2.5 AS aspect_ok, -- 2: beyond it the crop to 1:2 cuts away what the caption speaks of
+  laplacian_var < 12000 AS not_noise, -- 3: noise and extreme texture; nearly all sharp photographs stay below
+  rgb_entropy >= 1.5 AS not_flat, -- 3: one colour with little on it
+  white_ratio <= 0.75 AS not_white, -- 3: small things on white; they stay where they fill a quarter of the image
+  black_ratio <= 0.85 AS not_black, -- 3: small things on black; night skies and stages stay
+  rgb_entropy >= 2.2 OR white_ratio + black_ratio > 0.4 AS not_banded, -- 3: so few tones, without a flat background, are banding
+  greatest(least(border_top, border_bottom), least(border_left, border_right)) <= 0.05 AS no_border, -- 3: frames, letterboxes
+  coalesce(jpeg_quality, 100) >= 25 AS not_crushed, -- 3: blocks and mosquito noise that 512 pixels show
+  complexity <= 0.38 AS not_too_complex, -- 4: bytes per pixel as JPEG; only the densest textures turn to mush at 512 pixels
+  CASE WHEN codes IS NOT NULL THEN num_tags IS NULL END AS no_artifact_tag -- 3: SAE features signed off as artifacts
+FROM basics
+LEFT JOIN buckets USING (uid)
+LEFT JOIN duplicates USING (uid)
+LEFT JOIN synthetic USING (uid)
+LEFT JOIN artifacts USING (uid)
+LEFT JOIN artifact_tags USING (uid)

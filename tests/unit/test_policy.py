@@ -1,0 +1,296 @@
+"""Policies: what the SQL says, what it decides, and what its errors say."""
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from curation.buckets import crop_box, nearest_bucket
+from curation.policy import Policy, Term, decide, explain, read_tags, rules, select, term_values
+from curation.schema import ARTIFACTS, BASICS, DUPLICATES, SELECTION, SYNTHETIC
+from curation.shards import write_table
+from pipelines import cli
+from pipelines.filter import POLICIES, find
+
+GOOD = {
+    "shard": "s",
+    "width": 1400,
+    "height": 1200,
+    "rgb_entropy": 7.0,
+    "laplacian_var": 800.0,
+    "white_ratio": 0.0,
+    "black_ratio": 0.0,
+    "border_top": 0.0,
+    "border_bottom": 0.0,
+    "border_left": 0.0,
+    "border_right": 0.0,
+    "complexity": 0.15,
+    "jpeg_quality": 90,
+}
+HEADER = "-- resolution: 256\n"
+
+
+def write_run(run: Path, images: dict[str, dict], stages: tuple[str, ...] = ("duplicates", "synthetic", "artifacts")) -> Path:
+    """Annotations of made-up images: good ones, but for the values given. A value of another annotation is named as there."""
+    rows = [{"uid": f"s/{key}", "key": key} | ({} if "error" in image else GOOD) | image for key, image in images.items()]
+    rows = [row | {"shard": "s"} for row in rows]
+    one_each = {
+        "basics": (BASICS, {}),
+        "duplicates": (DUPLICATES, {"representative": True}),
+        "synthetic": (SYNTHETIC, {"p_synthetic": 0.1}),
+        "artifacts": (ARTIFACTS, {"codes": []}),
+    }
+    for stage in ("basics", *stages):
+        schema, usual = one_each[stage]
+        table = [{name: row.get(name, None if "error" in row else usual.get(name)) for name in schema.names} for row in rows]
+        write_table(pa.Table.from_pylist(table, schema), run / f"annotations/{stage}/s.parquet", "made by a test")
+    return run
+
+
+def tags_in(folder: Path, *lines: str) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "sae-effnet.tags.csv").write_text("\n".join(["model,feature,tag,verdict,threshold,note", *lines]) + "\n")
+    return folder
+
+
+# --- what the text says ---
+
+
+def test_rules_carry_their_reason_and_their_thresholds():
+    found = rules(
+        HEADER + "-- about the policy\nSELECT uid, -- the sample\n"
+        "  error IS NULL AS decoded, -- 2: broken, as they say\n"
+        "  laplacian_var < 12e3 AND -0.5 <= rgb_entropy AS not_noise, -- 3: noise\n"
+        "  (width / height) BETWEEN 0.5 AND 2 AS aspect_ok, -- 2: crop\n"
+        "  white_ratio > 0.5 OR black_ratio > 0.5 AS mixed,\n"
+        "  tag <> 'a' AND NOT flat AND a < b AS others -- 3: the last\n"
+        "FROM basics -- not a reason\n"
+    )
+    assert [(rule.name, rule.comment) for rule in found] == [
+        ("decoded", "2: broken, as they say"),
+        ("not_noise", "3: noise"),
+        ("aspect_ok", "2: crop"),
+        ("mixed", ""),
+        ("others", "3: the last"),
+    ]
+    assert [rule.terms for rule in found] == [
+        (),
+        (Term("laplacian_var", "<", 12000.0), Term("rgb_entropy", ">=", -0.5)),
+        (Term("(width / height)", ">=", 0.5), Term("(width / height)", "<=", 2.0)),
+        (),
+        (),
+    ]
+    assert found[0].expression == "error IS NULL"
+
+
+@pytest.mark.parametrize("sql", ["SELECT uid FROM basics; SELECT 1", "DROP VIEW basics", "", "-- only a comment", "SELEC uid"])
+def test_a_policy_is_one_select(sql, tmp_path):
+    with pytest.raises(ValueError, match=r"a policy is one SELECT|is not SQL"):
+        rules(sql)
+    with pytest.raises(ValueError, match=r"a policy is one SELECT|is not SQL"):
+        decide(write_run(tmp_path, {"a": {}}), Policy("p", HEADER + sql))
+
+
+@pytest.mark.parametrize("head", ["", "-- resolution 256\n", "SELECT '-- resolution: 256';\n"])
+def test_a_policy_names_its_resolution(head):
+    with pytest.raises(ValueError, match="does not name its resolution; add a line such as `-- resolution: 256`"):
+        _ = Policy("p", head).resolution
+    assert Policy("p", "-- mine\n-- resolution: 768\nSELECT").resolution == 768
+    with pytest.raises(ValueError, match="resolution 250 must be"):
+        _ = Policy("p", "-- resolution: 250").resolution
+
+
+# --- our policies ---
+
+
+@pytest.mark.parametrize("name", ["pretrain_256", "pretrain_512", "pretrain_1024"])
+def test_each_rule_of_ours_removes_what_it_is_for_and_nothing_else_does(name, tmp_path):
+    resolution = find(name).resolution
+    faults = {
+        "decoded": {"error": "broken"},
+        "not_duplicate": {"representative": False},
+        "not_synthetic": {"p_synthetic": 0.9},
+        "large_enough": {"width": resolution - 1, "height": resolution - 1},
+        "aspect_ok": {"width": 8000, "height": 3000},
+        "not_noise": {"laplacian_var": 30_000.0},
+        "not_flat": {"rgb_entropy": 0.5, "white_ratio": 0.5},
+        "not_white": {"white_ratio": 0.9},
+        "not_black": {"black_ratio": 0.9},
+        "not_banded": {"rgb_entropy": 1.8},
+        "no_border": {"border_left": 0.1, "border_right": 0.12},
+        "not_crushed": {"jpeg_quality": 5},
+        "not_too_complex": {"complexity": 0.6},
+        "no_artifact_tag": {"codes": [{"feature": 8, "value": 9.0}, {"feature": 7, "value": 2.0}]},
+    }
+    style = {
+        "motion_blur": {"laplacian_var": 3.0, "complexity": 0.02},
+        "grain": {"laplacian_var": 4000.0, "complexity": 0.28},
+        "sky": {"border_top": 0.4},
+        "png": {"jpeg_quality": None},
+        "other_tag": {"codes": [{"feature": 8, "value": 9.0}]},
+        "weak_tag": {"codes": [{"feature": 7, "value": 0.5}]},
+        "white_product": {"white_ratio": 0.6, "rgb_entropy": 2.0},
+        "edge": {"width": resolution, "height": resolution},
+    }
+    tags = tags_in(
+        tmp_path / "tags", "sae-effnet,7,jpeg blocks,artifact,1.5,seen", "sae-effnet,8,snow,style,0,", "sae-siglip,8,x,artifact,0,"
+    )
+    run = write_run(tmp_path / "run", faults | style)
+    selection, funnel = select(run, find(name), tags)
+    assert selection["key"].to_pylist() == sorted(style)
+    assert {rule["name"]: rule["failed_alone"] for rule in funnel["rules"]} == dict.fromkeys(faults, 1)
+    assert (funnel["num_images"], funnel["num_kept"], funnel["num_errors"]) == (len(faults) + len(style), len(style), 1)
+    assert all(rule["comment"].startswith(("1: ", "2: ", "3: ", "4: ", "5: ")) for rule in funnel["rules"])
+
+
+def test_complexity_and_compression_move_with_the_resolution_and_nothing_else_does():
+    terms = [{rule.name: rule for rule in rules(find(f"pretrain_{r}").sql)} for r in (256, 512, 1024)]
+    assert all(low.keys() == terms[0].keys() for low in terms)
+    moved = {name for name in terms[0] if len({phase[name].expression for phase in terms}) > 1}
+    assert moved == {"not_crushed", "not_too_complex"}
+    complexity = [phase["not_too_complex"].terms[0].threshold for phase in terms]
+    quality = [phase["not_crushed"].terms[0].threshold for phase in terms]
+    assert complexity == sorted(complexity) and quality == sorted(quality)
+
+
+def test_our_policies_look_at_no_sharpness_from_below_and_only_at_what_both_recipes_write(tmp_path):
+    for path in POLICIES.glob("*.sql"):
+        policy = find(path.stem)
+        for rule in rules(policy.sql):
+            assert not any(term.column == "laplacian_var" and term.operator in (">", ">=") for term in rule.terms)
+        assert len(decide(write_run(tmp_path / path.stem, {"a": {}}), policy)) == 1  # with no tower's annotation there
+
+
+# --- what it decides ---
+
+
+def test_unknown_is_not_kept_and_is_counted_apart(tmp_path):
+    run = write_run(tmp_path, {"a": {}, "b": {"p_synthetic": None}, "c": {"p_synthetic": 0.9}})
+    policy = Policy("p", HEADER + "SELECT uid, p_synthetic < 0.5 AS real FROM basics LEFT JOIN synthetic USING (uid)")
+    decided = decide(run, policy, tmp_path)
+    assert decided.to_pydict() == {"uid": ["s/a", "s/b", "s/c"], "real": [True, None, False], "kept": [True, False, False]}
+    _, funnel = select(run, policy, tmp_path)
+    assert funnel["rules"] == [
+        {"name": "real", "comment": "", "expression": "p_synthetic < 0.5", "failed": 1, "unknown": 1, "failed_alone": 1, "kept_so_far": 1}
+    ]
+
+
+def test_a_broken_image_is_never_kept(tmp_path):
+    run = write_run(tmp_path, {"a": {}, "b": {"error": "truncated"}})
+    selection, funnel = select(run, Policy("all", HEADER + "SELECT uid, true AS everything FROM basics"), tmp_path)
+    assert selection["uid"].to_pylist() == ["s/a"] and funnel["num_errors"] == 1 and funnel["rules"][0]["failed"] == 0
+
+
+def test_the_selection_has_the_bucket_and_crop_of_every_kept_image(tmp_path):
+    run = write_run(tmp_path, {"b": {"width": 700, "height": 1000}, "a": {"width": 301, "height": 257}})
+    selection, _ = select(run, Policy("all", "-- resolution: 512\nSELECT uid, width > 0 AS ok FROM basics"), tmp_path)
+    assert selection.schema == SELECTION and selection["uid"].to_pylist() == ["s/a", "s/b"]
+    for row, (height, width) in zip(selection.to_pylist(), [(257, 301), (1000, 700)], strict=True):
+        bucket = nearest_bucket(height, width, 512)
+        assert list(row.values())[3:] == [*bucket, *crop_box(height, width, *bucket)]
+
+
+def test_columns_that_are_not_boolean_are_no_rules_but_may_be_used_by_them(tmp_path):
+    sql = HEADER + "SELECT uid, width / height AS aspect, aspect < 1.5 AND width > 20 AS ok FROM basics; -- the end"
+    run = write_run(tmp_path, {"a": {"width": 300, "height": 300}, "b": {"width": 600, "height": 300}})
+    assert decide(run, Policy("p", sql), tmp_path).to_pydict() == {"uid": ["s/a", "s/b"], "ok": [True, False], "kept": [True, False]}
+    values = term_values(run, Policy("p", sql), tmp_path)
+    assert values.to_pydict() == {"uid": ["s/a", "s/b"], "aspect": [1.0, 2.0], "width": [300.0, 600.0]}
+
+
+def test_one_image_can_be_explained(tmp_path):
+    run = write_run(tmp_path, {"a": {"complexity": 0.9}, "b": {}})
+    policy = Policy("p", HEADER + "SELECT uid, complexity <= 0.5 AS plain, -- 4: too much\n width > 9 AS wide FROM basics")
+    plain, wide = explain(run, policy, "s/a", tmp_path)
+    assert plain["verdict"] is False and plain["comment"] == "4: too much" and plain["values"]["complexity"] == pytest.approx(0.9)
+    assert wide["verdict"] is True
+    with pytest.raises(ValueError, match="no image 's/c'"):
+        explain(run, policy, "s/c", tmp_path)
+
+
+# --- errors ---
+
+
+@pytest.mark.parametrize(
+    ("select_list", "message"),
+    [
+        ("uid, width FROM basics", "has no BOOLEAN column, so it has no rule; it returns uid VARCHAR, width INTEGER"),
+        ("width > 3 AS wide FROM basics", "does not return uid"),
+        ("uid, widht > 3 AS wide FROM basics", "(?s)widht.*Candidate bindings.*width.*The views and their columns are.*basics: uid, shard"),
+        (
+            "uid, width > 3 AS wide FROM basic",
+            "(?s)Table with name basic does not exist.*buckets: uid, bucket_height.*tags: model, feature",
+        ),
+        ("uid, width > 3 AS wide FROM basics WHERE width > 3", "drops 1 of 3 images without a rule; .* write a WHERE as a BOOLEAN column"),
+        ("uid, true AS yes FROM basics CROSS JOIN range(2)", "returns 3 more rows than images"),
+        ("uid, CAST(key AS INTEGER) > 3 AS number FROM basics", "(?s)failed while it ran: .*Could not convert string"),
+    ],
+)
+def test_a_mistake_in_the_sql_is_a_setting_and_the_text_helps(select_list, message, tmp_path):
+    run = write_run(tmp_path, {"a": {}, "b": {}, "c": {"width": 3}})
+    with pytest.raises(ValueError, match=message):
+        decide(run, Policy("mine", f"{HEADER}SELECT {select_list}"), tmp_path)
+
+
+def test_the_line_of_a_syntax_error_is_the_line_of_the_file(tmp_path):
+    with pytest.raises(ValueError, match="LINE 3"):
+        decide(write_run(tmp_path, {"a": {}}), Policy("mine", HEADER + "SELECT uid,\n nonsense > 3 AS x\nFROM basics"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("stage", "command"), [("duplicates", "k2 dedup --run {run}"), ("synthetic", "k2 annotate --source ... --out {run}")]
+)
+def test_a_missing_annotation_names_the_command_that_makes_it(stage, command, tmp_path):
+    run = write_run(tmp_path, {"a": {}}, tuple(s for s in ("duplicates", "synthetic", "artifacts") if s != stage))
+    with pytest.raises(FileNotFoundError, match=f"needs the annotation {stage}.*run `{command.format(run=run)}` first"):
+        decide(run, find("pretrain_256"))
+    with pytest.raises(FileNotFoundError, match="has no annotation basics; run `k2 annotate"):
+        decide(tmp_path / "empty", find("pretrain_256"))
+
+
+def test_tags_may_be_missing_or_only_a_header_and_a_wrong_file_is_named(tmp_path):
+    assert len(read_tags(tmp_path / "nowhere")) == 0
+    assert len(read_tags(tags_in(tmp_path / "a"))) == 0
+    assert read_tags(tags_in(tmp_path / "a", 'm,3,"two\nlines",artifact,0.5,x')).to_pylist()[0]["feature"] == 3
+    (tmp_path / "a" / "wrong.tags.csv").write_text("model,tag\nm,t\n")
+    with pytest.raises(ValueError, match=r"wrong\.tags\.csv is not a table of tags"):
+        read_tags(tmp_path / "a")
+
+
+# --- the command ---
+
+
+def test_the_command_writes_the_same_selection_and_funnel_every_time(tmp_path, capsys):
+    run = write_run(tmp_path, {"a": {}, "b": {"complexity": 0.6}, "c": {"error": "broken"}})
+    written = []
+    for _ in range(2):
+        assert cli.main(["filter", "--run", str(run), "--policy", "pretrain_256"]) == 0
+        shown = capsys.readouterr()
+        assert json.loads(shown.out) == {"policy": "pretrain_256", "resolution": 256, "num_images": 3, "num_errors": 1, "num_kept": 1}
+        assert "not_too_complex" in shown.err and "are `k2 annotate` and `k2 dedup` complete?" not in shown.err
+        written.append({path.name: path.read_bytes() for path in (run / "selection").iterdir()})
+    assert written[0] == written[1] and sorted(written[0]) == ["pretrain_256.funnel.json", "pretrain_256.parquet"]
+    assert json.loads(written[0]["pretrain_256.funnel.json"])["sql"] == find("pretrain_256").sql
+    assert cli.main(["filter", "--run", str(run), "--policy", "pretrain_256", "--explain", "s/b"]) == 0
+    assert "FALSE    not_too_complex: complexity <= 0.30  [complexity = 0.6]" in capsys.readouterr().err
+
+
+def test_the_command_says_when_a_stage_has_not_seen_every_image(tmp_path, capsys):
+    run = write_run(tmp_path, {"a": {}, "b": {}})
+    write_table(DUPLICATES.empty_table(), run / "annotations/duplicates/s.parquet", "x")
+    assert cli.main(["filter", "--run", str(run), "--policy", "pretrain_256"]) == 0
+    assert "unknown for images that decode: not_duplicate; are `k2 annotate` and `k2 dedup` complete?" in capsys.readouterr().err
+
+
+def test_a_policy_is_a_name_of_ours_or_a_file(tmp_path, capsys):
+    mine = tmp_path / "mine.sql"
+    mine.write_text(HEADER + "SELECT uid, true AS yes FROM basics")
+    assert find(str(mine)).name == "mine"
+    assert cli.main(["filter", "--run", str(tmp_path), "--policy", "pretrain_265"]) == 2
+    assert "did you mean 'pretrain_256'? choose from pretrain_256, pretrain_512, pretrain_1024" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="there is no such file"):
+        find("none.sql")
+    (tmp_path / "pretrain_256.sql").write_text(mine.read_text())
+    with pytest.raises(ValueError, match="rename your file"):
+        find(str(tmp_path / "pretrain_256.sql"))
