@@ -2,9 +2,9 @@
 
 K2 removes duplicates with md5, a 12x12 phash and a colorhash (report, "Pretraining Data"): a phash ignores colour, so the
 colorhash has to agree. The report gives no threshold. Ours (12 bits of 144, colour difference 10) were measured with copies
-planted among 1,021 images (docs/log.md): they find 97 % of the copies at 60 % size and JPEG quality 60, 98 % of those that are
-mirrored as well, and 94 % of crops of 1 %, and join no two different pictures; the first such pair comes at 16 bits. A crop of
-5 % moves half of the bits, so crops are left to embeddings.
+planted among 1,021 images (docs/log.md): they find 96 % of the copies at 60 % size and JPEG quality 60, 97 % of those that are
+mirrored as well, and 93 % of crops of 1 %, and join no two different pictures; the first such pair comes at 16 bits. A crop of
+5 % moves far more bits, so crops are left to embeddings.
 
 A group is a connected component: a burst of photographs is one group, even where its ends are further apart than the threshold.
 """

@@ -67,14 +67,14 @@ def run(heap, tmp_path_factory) -> Path:
 def test_every_image_is_in_every_annotation(run, heap):
     files = len(list(heap.iterdir()))
     for stage in ("basics", "effnet", "compact", "synthetic", "artifacts", "duplicates"):
-        rows, uids = duckdb.sql(f"SELECT count(*), count(DISTINCT uid) FROM '{run}/annotations/{stage}/*.parquet'").fetchone()
+        rows, uids = duckdb.sql(f"SELECT count(*), count(DISTINCT uid) FROM '{run}/annotations/{stage}/*.parquet'").fetchall()[0]
         assert rows == uids == files, stage
 
 
 def test_the_funnel_accounts_for_every_image(run, heap):
     for size in (256, 512, 1024):
         funnel = json.loads((run / f"selection/pretrain_{size}.funnel.json").read_text())
-        kept = duckdb.sql(f"SELECT count(*) FROM '{run}/selection/pretrain_{size}.parquet'").fetchone()[0]
+        kept = duckdb.sql(f"SELECT count(*) FROM '{run}/selection/pretrain_{size}.parquet'").fetchall()[0][0]
         assert funnel["num_images"] == len(list(heap.iterdir())) and funnel["num_kept"] == kept == funnel["rules"][-1]["kept_so_far"]
         assert funnel["num_errors"] == 1
 

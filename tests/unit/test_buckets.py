@@ -39,7 +39,7 @@ def test_buckets_are_whole_tokens_near_the_square_and_come_in_both_orientations(
 def test_a_crop_lies_inside_the_image_is_centred_and_has_the_aspect_of_its_bucket(height, width, resolution):
     high, wide = nearest_bucket(height, width, resolution)
     top, left, crop_height, crop_width = crop_box(height, width, high, wide)
-    assert 0 <= top and 0 <= left and 1 <= crop_height and 1 <= crop_width
+    assert top >= 0 and left >= 0 and crop_height >= 1 and crop_width >= 1
     assert top + crop_height <= height and left + crop_width <= width
     assert crop_height == height or crop_width == width
     assert abs((height - crop_height - top) - top) <= 1 and abs((width - crop_width - left) - left) <= 1

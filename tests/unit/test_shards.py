@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -51,3 +52,9 @@ def test_a_fingerprint_changes_with_every_field_and_with_the_class():
     assert fingerprint(Thing()) == fingerprint(Thing())
     assert len({fingerprint(x) for x in (Thing(), Thing(2), Thing(1, (1, 3)), {"size": 1, "inner": [1, 2]})}) == 4
     assert describe(Thing()) == {"class": "Thing", "size": 1, "inner": [1, 2]}
+
+
+def test_duckdb_sees_which_errors_are_null_where_all_others_are_equal(tmp_path):
+    rows = pa.table({"uid": ["a", "b", "c"], "error": pa.array([None, "broken", None])})
+    write_table(rows, tmp_path / "t.parquet", "abc")
+    assert duckdb.sql(f"SELECT uid FROM '{tmp_path}/t.parquet' WHERE error IS NULL").fetchall() == [("a",), ("c",)]
