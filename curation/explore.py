@@ -3,13 +3,12 @@
 Queries return dicts and lists in a fixed order; pictures are matplotlib figures or PIL images. Nothing here writes a file.
 """
 
+import html
 import io
 import json
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +21,10 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from curation import plots
 from curation.decode import DecodeError, decode
 from curation.faults import FAULTS
+from curation.judged import COMPARE, FAILS, funnel, judge, short
 from curation.plots import number
-from curation.policy import Policy, Rule, decide, made_by, rules, term_values
 from curation.shards import read_fingerprint
 from curation.sources import fetch, load_listing
-
-FAILS = {"<": ">=", "<=": ">", ">": "<=", ">=": "<"}  # a term holds on one side of its threshold; its rule removes on the other
-COMPARE = {"<": np.less, "<=": np.less_equal, ">": np.greater, ">=": np.greater_equal}
 
 # --- what is in a run folder ---
 
@@ -50,17 +46,23 @@ def policies(run: str) -> list[str]:
     return [row["policy"] for row in sorted(found, key=lambda row: (row.get("resolution") or 0, row["policy"]))]
 
 
-def funnel(run: str, policy: str) -> dict[str, Any]:
-    """What each rule of a policy removed, as `k2 filter` wrote it."""
-    path = Path(run, "selection", f"{policy}.funnel.json")
-    if not path.exists():
-        raise FileNotFoundError(f"{path} is missing; run `k2 filter --run {run} --policy {policy}` first")
-    return json.loads(path.read_text())
-
-
 def broken(run: str) -> list[dict[str, Any]]:
     """The images that could not be read: uid, bytes, error."""
     return _rows(f"SELECT uid, bytes, error FROM {_annotation(run, 'basics')} WHERE error IS NOT NULL ORDER BY uid")
+
+
+def table(rows: Sequence[dict[str, Any]], columns: Sequence[str] | None = None) -> str:
+    """Rows as a Markdown table, for a notebook; texts are escaped, for captions and file names are anybody's."""
+    names = list(columns or (rows[0] if rows else ()))
+    lines = [names, ["---"] * len(names)] + [[_escaped(row.get(name)) for name in names] for row in rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _escaped(value: Any) -> str:
+    if isinstance(value, int | float):
+        return number(value)
+    text = html.escape("" if value is None else str(value)).replace("\n", " ")
+    return re.sub(r"([\\`*_\[\]|~$])", r"\\\1", text)
 
 
 def duplicate_groups(run: str, n: int = 20) -> list[list[dict[str, Any]]]:
@@ -150,77 +152,6 @@ def _rows(sql: str) -> list[dict[str, Any]]:
 
 
 # --- rules: what they removed, and how near the rest was ---
-
-
-@dataclass(frozen=True)
-class Judged:
-    """Every image of a run as a policy sees it; arrays have one entry per uid."""
-
-    uids: np.ndarray
-    kept: np.ndarray  # bool
-    rules: tuple[Rule, ...]
-    verdicts: dict[str, np.ndarray]  # rule -> object array of True, False, None (unknown)
-    values: dict[str, np.ndarray]  # column or expression of a term -> float64, NaN where unknown
-
-    def rule(self, name: str) -> Rule:
-        """The rule of this name.
-
-        Raises:
-            ValueError: the policy has no such rule; the text lists them.
-        """
-        for rule in self.rules:
-            if rule.name == name:
-                return rule
-        raise ValueError(f"there is no rule {name!r}; choose from {', '.join(rule.name for rule in self.rules)}")
-
-    def worst_term(self, rule: Rule) -> tuple[np.ndarray, np.ndarray]:
-        """(how far beyond its threshold the worst term of a rule is, in spreads of that term; index of that term)."""
-        beyond = np.full((len(rule.terms), len(self.uids)), -np.inf)
-        for i, term in enumerate(rule.terms):
-            values = self.values[term.column]
-            spread = float(np.nanstd(values)) if np.isfinite(values).any() else 0.0
-            signed = (values - term.threshold) if term.operator in ("<", "<=") else (term.threshold - values)
-            beyond[i] = np.nan_to_num(signed / (spread or 1.0), nan=-np.inf)
-        return (beyond.max(axis=0), beyond.argmax(axis=0)) if len(rule.terms) else (np.zeros(len(self.uids)), np.zeros(len(self.uids), int))
-
-    def items(self, rule: Rule, chosen: np.ndarray) -> list[dict[str, Any]]:
-        """uid, value and label of the chosen images (indices), as contact sheets show them."""
-        _, worst = self.worst_term(rule)
-        found = []
-        for i in chosen.tolist():
-            term = rule.terms[worst[i]] if rule.terms else None
-            value = float(self.values[term.column][i]) if term else None
-            found.append(
-                {"uid": str(self.uids[i]), "value": value, "label": f"{short(term.column)} {number(value)}".strip() if term else ""}
-            )
-        return found
-
-
-@lru_cache(maxsize=8)
-def _judge(run: str, policy: Policy, made_by: str) -> Judged:
-    decided, values = decide(run, policy), term_values(run, policy)
-    known = {rule.name: rule for rule in rules(policy.sql)}
-    names = decided.column_names[1:-1]
-    assert values["uid"].equals(decided["uid"])
-    return Judged(
-        decided["uid"].to_numpy(),
-        decided["kept"].to_numpy(),
-        tuple(known.get(name, Rule(name, name, "", ())) for name in names),
-        {name: np.array(decided[name].to_pylist(), object) for name in names},
-        {name: values[name].cast("float64").fill_null(np.nan).to_numpy() for name in values.column_names[1:]},
-    )
-
-
-def judge(run: str, policy: str) -> Judged:
-    """Every image as a policy sees it, by the text of the policy that `k2 filter` kept in the funnel."""
-    described = Policy(policy, funnel(run, policy)["sql"])
-    return _judge(str(run), described, made_by(run, described))
-
-
-def short(column: str) -> str:
-    """The column of a term as a label has room for it: its name alone, or nothing for a long expression."""
-    names = set(re.findall(r"[a-z_0-9.]*[a-z_][a-z_0-9.]*", re.sub(r"\b\w+\(", "(", column)))
-    return names.pop().rpartition(".")[2] if len(names) == 1 else column if len(column) < 20 else ""
 
 
 def removed_by(run: str, policy: str, rule: str, n: int = 12) -> list[dict[str, Any]]:

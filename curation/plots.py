@@ -1,6 +1,7 @@
 """Figures: numbers in, matplotlib Figure out. Light background, direct labels, colours told apart with any colour vision."""
 
 from collections.abc import Sequence
+from textwrap import wrap
 
 import matplotlib
 import numpy as np
@@ -61,36 +62,47 @@ def histogram(values: np.ndarray, name: str, thresholds: Sequence[tuple[str, str
     values = np.asarray(values, np.float64)
     values = values[np.isfinite(values)]
     cuts = [cut for _, _, cut, _ in thresholds]
-    log = len(values) > 0 and values.min() > 0 and np.quantile(values, 0.99) > 30 * np.median(values[values <= np.median(values)])
     low, high = min([*values, *cuts], default=0.0), max([*values, *cuts], default=1.0)
     low, high = (low, high) if high > low else (low - 0.5, high + 0.5)
-    log = log and low > 0
+    log = low > 0 and len(values) > 0 and np.quantile(values, 0.99) > 30 * np.median(values[values <= np.median(values)])
     edges = np.geomspace(low, high, 41) if log else np.linspace(low, high, 41)
     counts, edges = np.histogram(values, edges)
     axis.bar(edges[:-1], counts, np.diff(edges), align="edge", color=SKY, edgecolor="white", linewidth=0.4)
     if log:
         axis.set_xscale("log")
-    top = max(counts.max(initial=1), 1)
     by_cut: dict[tuple[str, float], list[tuple[str, int]]] = {}
     for label, operator, cut, removed in thresholds:
         by_cut.setdefault((operator, cut), []).append((label, removed))
-    for i, ((operator, cut), marks) in enumerate(sorted(by_cut.items(), key=lambda item: item[0][1])):
-        height = top * (1.08 + 0.17 * i)
-        axis.plot([cut, cut], [0, height], color=ORANGE, linewidth=1.3)
-        removed = sorted({count for _, count in marks})
-        text = f" {operator} {number(cut)}  removes {' / '.join(number(count) for count in removed)}"
-        text += f"  ({', '.join(label for label, _ in marks)})" if any(label for label, _ in marks) else ""
-        axis.text(cut, height, text + " ", ha="right" if cut > edges[20] else "left", va="center", fontsize=8.5, color=INK)
-    axis.set_ylim(0, top * (1.16 + 0.17 * len(by_cut)))
-    axis.set_xlabel(name, color=INK, fontsize=10)
-    axis.set_ylabel("images", color=INK, fontsize=9)
-    axis.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+    # Text runs away from the nearer edge, and the outer lines are the higher ones, so that no text crosses a line of its side.
+    ordered = sorted(by_cut.items(), key=lambda item: abs(float(np.searchsorted(edges, item[0][1])) - 20))
+    room = 0.02 + 0.11 * len(ordered)  # of the height, above the bars
+    for i, ((operator, cut), marks) in enumerate(ordered):
+        height = 1 - room + 0.08 + 0.11 * i
+        axis.plot([cut, cut], [0, height], color=ORANGE, linewidth=1.3, transform=axis.get_xaxis_transform())
+        counted = list(dict.fromkeys(number(count) for _, count in marks))
+        words = f"{operator} {number(cut)}  removes {' / '.join(counted)}"
+        words += f"  ({', '.join(label for label, _ in marks)})" if any(label for label, _ in marks) else ""
+        side = "right" if cut > edges[20] else "left"
+        place = {"ha": side, "va": "center", "fontsize": 8.5, "color": INK, "transform": axis.get_xaxis_transform()}
+        axis.text(cut, height, f" {words} ", bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5}, **place)
+    top, filled = max(int(counts.max(initial=1)), 1), counts[counts > 0]
+    if len(filled) and top > 40 * np.median(filled):  # one bin would hide all others
+        axis.set_yscale("symlog", linthresh=1)
+        axis.set_ylim(0, float(top) ** (1 / (1 - room)))
+        axis.set_yticks([t for t in (0, 1, 10, 100, 1000, 10**4, 10**5, 10**6) if t <= top], minor=False)
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
+        axis.set_ylabel("images (log)", color=INK, fontsize=9)
+    else:
+        axis.set_ylim(0, top / (1 - room))
+        axis.set_ylabel("images", color=INK, fontsize=9)
+        axis.set_yticks([t for t in MaxNLocator(4, integer=True).tick_values(0, top) if t <= top])
+    axis.set_xlabel("\n".join(wrap(name, 60)), color=INK, fontsize=10 if len(name) < 40 else 8)
     return figure
 
 
 def curve(phases: Sequence[tuple[str, np.ndarray, np.ndarray]], ylabel: str) -> Figure:
     """A value over training steps, one colour per phase, raw points pale and their running median strong."""
-    figure, axis = axes(9, 3.2)
+    figure, axis = axes(7.5, 3)
     for i, (label, steps, values) in enumerate(phases):
         colour = SERIES[i % len(SERIES)]
         axis.plot(steps, values, ".", color=colour, markersize=3, alpha=0.35)

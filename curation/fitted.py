@@ -1,0 +1,72 @@
+"""Fitted models on disk: a folder, found by its packaged name or its path, that names the tower whose vectors it was fitted on."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from curation.towers import Compact, EffNet, Siglip, Tower
+
+WEIGHTS_DIR = Path(__file__).parent / "weights"
+
+
+def find(model: str, file: str) -> Path:
+    """The folder of a fitted model that holds `file`: `model` is a folder's path, or the name of one in curation/weights.
+
+    Raises:
+        ValueError: there is none; the text lists the packaged ones of this kind.
+    """
+    for folder in (Path(model), WEIGHTS_DIR / model):
+        if (folder / file).is_file():
+            return folder
+    names = sorted(path.parent.name for path in WEIGHTS_DIR.glob(f"*/{file}"))
+    raise ValueError(f"no fitted model {model!r}: no {file} in that folder, and the packaged ones are {', '.join(names) or 'none'}")
+
+
+def out_dir(out: str) -> Path:
+    """Where a fitted model goes: a bare name means curation/weights (to ship it), anything with a separator is a path."""
+    return WEIGHTS_DIR / out if out == Path(out).name else Path(out)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        ValueError: the file is not JSON.
+    """
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON ({error}); fit the model again") from error
+
+
+def parse_tower(spec: str) -> Tower:
+    """ "effnet", "compact" or "siglip[:MODEL[:PRETRAINED]]" as a tower.
+
+    Raises:
+        ValueError: no such tower.
+    """
+    name, *rest = spec.split(":", 2)
+    if name == "siglip":
+        return Siglip(**dict(zip(("model", "pretrained"), rest, strict=False)))
+    if rest or name not in ("effnet", "compact"):
+        raise ValueError(f"no tower {spec!r}; choose effnet, compact or siglip[:MODEL[:PRETRAINED]]")
+    return EffNet() if name == "effnet" else Compact()
+
+
+def tower_spec(tower: Tower) -> str:
+    """The text from which `parse_tower` makes this tower."""
+    return f"siglip:{tower.model}:{tower.pretrained}" if isinstance(tower, Siglip) else tower.name
+
+
+def check_identity(model: str, fitted_on: str, identity: str, verb: str) -> None:
+    """Refuse vectors of another tower than the model was fitted on; `verb` ("synthetic" or "sae") names the command that fits one.
+
+    Raises:
+        ValueError: the two differ.
+    """
+    if fitted_on != identity:
+        spec = ":".join(identity.split("/")[:2]) if identity.startswith("siglip/") else identity.split("/")[0]
+        raise ValueError(
+            f"{model} was fitted on {fitted_on}, got vectors of {identity}: they have nothing in common. "
+            f"Fit one with `k2 {verb} fit --tower {spec} ...`, or use the tower that it was fitted on."
+        )
