@@ -112,9 +112,8 @@ def curve(phases: Sequence[tuple[str, np.ndarray, np.ndarray]], ylabel: str) -> 
         axis.annotate(label, (steps[len(steps) // 2], 1.0), xycoords=("data", "axes fraction"), ha="center", va="bottom", color=colour)
         if i:
             axis.axvline(steps[0], color=PALE, linewidth=1, zorder=0)
-    if phases and len(phases[-1][2]):
-        last = float(np.median(phases[-1][2][-max(1, len(phases[-1][2]) // 10) :]))
-        axis.annotate(f" {number(last)}", (phases[-1][1][-1], last), color=INK, fontsize=9, va="center")
+    if phases:
+        axis.annotate(f" {number(round(float(smooth[-1]), 3))}", (phases[-1][1][-1], smooth[-1]), color=INK, fontsize=9, va="center")
     axis.set_xlabel("step", color=INK)
     axis.set_ylabel(ylabel, color=INK)
     axis.xaxis.set_major_locator(MaxNLocator(8, integer=True))

@@ -74,6 +74,19 @@ def allowed(num: int, budget: float) -> int | None:
     return int(possible.sum()) - 1 if possible[0] else None
 
 
+def check_number(num: int, budget: float) -> int:
+    """`allowed`, for a split of `num` pictures that has to carry the claim.
+
+    Raises:
+        ValueError: too few pictures; the text says how many it takes.
+    """
+    above = allowed(num, budget)
+    if above is None:
+        needed = int(np.ceil(np.log(1 - CONFIDENCE) / np.log(1 - budget)))
+        raise ValueError(f"{num} pictures in `estimate` cannot show a share of {budget:.1%}; it takes {needed}: give more images or budget")
+    return above
+
+
 def harmless(values: Values) -> list[str]:
     """The families in which nothing may be removed."""
     return [name for name in ("clean", *STYLES, *CONTROLS) if name in values]
@@ -86,12 +99,7 @@ def thresholds(values: Values, budget: float) -> np.ndarray:
         ValueError: too few pictures for any claim.
     """
     num = len(values["clean"])
-    above = allowed(num, budget)
-    if above is None:
-        needed = int(np.ceil(np.log(1 - CONFIDENCE) / np.log(1 - budget)))
-        raise ValueError(
-            f"{num} pictures in `estimate` cannot show a share of {budget:.1%}; it takes {needed}: give more images or a budget"
-        )
+    above = check_number(num, budget)
     return np.max([np.sort(values[name], axis=0)[num - 1 - above] for name in harmless(values)], axis=0)
 
 

@@ -25,8 +25,6 @@ from curation.towers import Tower, loaded
 from pipelines.cli import call
 from pipelines.synthetic import read_manifest
 
-Images = Iterator[tuple[np.ndarray, str]]  # (pixels, part)
-
 
 def fit(
     tower: str,
@@ -153,8 +151,11 @@ def tag(
     """
     fitted, tower = _with_tower(model)
     folder = find(model, sae.INFO_FILE)
-    values = contrast_values(fitted, tower, images, manifest, device, seed)
+    only = {row["path"] for row in read_manifest(manifest) if row["label"] == "real"} if manifest else None
     rules = Rules(budget=budget, recall=recall)
+    # Encoding takes minutes; whether there are enough pictures is known from their bytes.
+    tags.check_number(sum(part(row["image"]) == "estimate" for row in read_rows(images, only)), budget)
+    values = contrast_values(fitted, tower, images, only, device, seed)
     chosen, funnel = tags.select(values["fit"], values["estimate"], np.random.default_rng(seed), rules)
     command = ["k2", "sae", "tag", "--model", model, "--images", images, *(["--manifest", manifest] if manifest else [])]
     command += ["--budget", str(budget), "--recall", str(recall), "--seed", str(seed)]
@@ -188,17 +189,23 @@ def _with_tower(model: str) -> tuple[sae.Sae, Tower]:
     return sae.load(model), tower
 
 
-def read_images(source: str, only: set[str] | None = None) -> Images:
-    """The decodable images of a source, each with its part; `only` are keys of a folder to keep."""
-    for shard in tqdm(list_shards(source), desc="shards", unit="shard", file=sys.stderr):
+def read_rows(source: str, only: set[str] | None = None) -> Iterator[dict[str, Any]]:
+    """The samples of a source that have bytes; `only` are keys (of a folder: relative paths) to keep."""
+    for shard in list_shards(source):
         for batch in read_samples(shard, 16):
             for row in batch.to_pylist():
-                if row["image"] is None or (only is not None and row["key"] not in only):
-                    continue
-                try:
-                    yield decode(row["image"])[0], part(row["image"])
-                except DecodeError as error:
-                    print(f"left out {row['uid']}: {error}", file=sys.stderr)
+                if row["image"] is not None and (only is None or row["key"] in only):
+                    yield row
+
+
+def read_images(source: str, only: set[str] | None = None) -> Iterator[tuple[np.ndarray, str]]:
+    """(pixels, part) of the decodable images of a source."""
+    total = len(only) if only is not None else sum(len(shard.members) for shard in list_shards(source)) or None  # unknown for archives
+    for row in tqdm(read_rows(source, only), total=total, desc="images", unit="image", file=sys.stderr):
+        try:
+            yield decode(row["image"])[0], part(row["image"])
+        except DecodeError as error:
+            print(f"left out {row['uid']}: {error}", file=sys.stderr)
 
 
 def vectors_of_images(source: str, tower: Tower, views: int, device: str, seed: int) -> dict[str, np.ndarray]:
@@ -241,10 +248,9 @@ def _checked(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def contrast_values(
-    fitted: sae.Sae, tower: Tower, source: str, manifest: str | None, device: str, seed: int
+    fitted: sae.Sae, tower: Tower, source: str, only: set[str] | None, device: str, seed: int
 ) -> dict[str, dict[str, np.ndarray]]:
     """Feature values (n, m) of every picture as it is, damaged, restyled and merely handled: part -> family -> array."""
-    only = {row["path"] for row in read_manifest(manifest) if row["label"] == "real"} if manifest else None
     families = DAMAGE | STYLES | CONTROLS
     encode = loaded(tower, device)
     collected: dict[str, list[np.ndarray]] = {name: [] for name in PARTS}
@@ -253,9 +259,8 @@ def contrast_values(
         vectors = encode([clean, *(change(clean, rng) for change in families.values())]).pooled
         collected[name].append(sae.activations(fitted, torch.from_numpy(vectors)).numpy())
     if not all(collected.values()):
-        raise ValueError(
-            f"pictures per part are { {name: len(v) for name, v in collected.items()} }; every part needs some: give more images"
-        )
+        counts = {name: len(pictures) for name, pictures in collected.items()}
+        raise ValueError(f"pictures per part are {counts}; every part needs some: give more images")
     stacked = {name: np.stack(values, 1) for name, values in collected.items()}
     return {name: dict(zip(("clean", *families), values, strict=True)) for name, values in stacked.items()}
 

@@ -77,7 +77,12 @@ def evaluate(model: str, images: str, manifest: str, device: str = "cpu") -> int
     else:
         print("\nWhen it was fitted, on generators and sources unseen:")
     print_fit(probe.info["evaluation"], probe.info["thresholds"])
-    result |= {"model": model, "fitted_on_these": seen, "num_undecodable": bad, "disjoint": probe.info["evaluation"]["disjoint"]["mean"]}
+    result |= {
+        "model": model,
+        "fitted_on_these": seen,
+        "num_undecodable": bad,
+        "disjoint": probe.info["evaluation"]["disjoint"].get("mean"),
+    }
     print(json.dumps(result))
     return 0
 

@@ -1,0 +1,118 @@
+"""Training: resumed equals never stopped, at every checkpoint; and what happens when something is wrong."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from packed_world import landscapes, make_packed
+
+from pipelines import recipes
+from pipelines import train as verb
+from pipelines.recipes import k2_nano
+
+STEPS = {"256": 5, "512": 3, "1024": 2}
+
+
+def tiny_recipe():
+    """k2-nano, narrower, few steps, at 32, 48 and 64 px."""
+    whole = k2_nano()
+    model = replace(whole.model, width=64, num_blocks=1, num_heads=2, num_kv_heads=1)
+    sizes = {"256": 32, "512": 48, "1024": 64}
+    phases = tuple(
+        replace(p, resolution=sizes[p.name], policy=f"p{sizes[p.name]}", steps=STEPS[p.name], warmup=1, decay=1, num_samples=1)
+        for p in whole.phases
+    )
+    return replace(whole, name="tiny", model=model, phases=phases, sample_every=100, sample_steps=2, checkpoint_every=2)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("run")
+    for size in (32, 48, 64):
+        make_packed(run / "packed" / f"p{size}", landscapes(9, [(size, size), (size, size - 16)], seed=size), size, 2)
+    return run
+
+
+@pytest.fixture(autouse=True)
+def one_recipe(monkeypatch):
+    monkeypatch.setitem(recipes.TRAIN, "tiny", tiny_recipe)
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def losses(out: Path) -> list[dict]:
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "images_per_s"} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def straight(data, tmp_path_factory) -> Path:
+    """A run that was never stopped."""
+    out = tmp_path_factory.mktemp("straight")
+    recipes.TRAIN["tiny"] = tiny_recipe
+    assert verb.train(str(data), "tiny", str(out), "cpu", threads=1) == 0
+    return out
+
+
+def test_the_curriculum_runs_and_leaves_metrics_samples_and_a_plot(straight):
+    rows = losses(straight)
+    assert [row["phase"] for row in rows] == ["256"] * 5 + ["512"] * 3 + ["1024"] * 2
+    assert {path.name for path in (straight / "samples").iterdir()} == {"000005.png", "000008.png", "000010.png"}
+    assert (straight / "loss.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize("step", [2, 4, 5, 6, 8])
+def test_a_run_resumed_at_any_checkpoint_has_the_same_losses_and_weights(straight, data, tmp_path, step):
+    out = tmp_path / "resumed"
+    shutil.copytree(straight, out)
+    for place in (out / "checkpoints").iterdir():
+        if int(place.name) > step:
+            shutil.rmtree(place)
+    with open(out / "metrics.jsonl", "a") as metrics:
+        metrics.write('{"step": 11, "half a li')  # what a killed process leaves
+    assert verb.train(str(data), "tiny", str(out), "cpu", threads=1) == 0
+    assert losses(out) == losses(straight)
+    last = [(run / "checkpoints/000010/model.safetensors").read_bytes() for run in (out, straight)]
+    assert last[0] == last[1]
+
+
+def test_a_finished_run_does_nothing_and_another_recipe_for_its_folder_is_refused(straight, data, capsys, monkeypatch):
+    assert verb.train(str(data), "tiny", str(straight), "cpu", threads=1) == 0
+    assert json.loads(capsys.readouterr().out)["steps_now"] == 0
+    monkeypatch.setitem(recipes.TRAIN, "tiny", lambda: replace(tiny_recipe(), seed=1))
+    with pytest.raises(ValueError, match=r"recipe\.seed: 0 -> 1"):
+        verb.train(str(data), "tiny", str(straight), "cpu", threads=1)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_weights_change(data, tmp_path, monkeypatch, capsys):
+    whole = verb.flow.loss
+    calls = []
+
+    def breaks_at_the_fourth(*arguments):
+        calls.append(1)
+        return whole(*arguments) * (float("nan") if len(calls) == 4 else 1)
+
+    monkeypatch.setattr(verb.flow, "loss", breaks_at_the_fourth)
+    assert verb.train(str(data), "tiny", str(tmp_path), "cpu", threads=1) == 1
+    said = capsys.readouterr().err
+    assert "at step 4 of phase 256" in said and "cursor" in said and "row group" in said
+    assert [row["step"] for row in losses(tmp_path)] == [1, 2, 3]
+    monkeypatch.setattr(verb.flow, "loss", whole)
+    assert verb.train(str(data), "tiny", str(tmp_path), "cpu", threads=1) == 0
+
+
+def test_a_phase_without_images_is_skipped_and_a_missing_one_is_an_error(data, tmp_path, capsys):
+    shutil.copytree(data / "packed", tmp_path / "packed")
+    description = json.loads((tmp_path / "packed/p64/dataset.json").read_text())
+    (tmp_path / "packed/p64/dataset.json").write_text(json.dumps(description | {"batches": [], "num_rows": 0, "num_batches": 0}))
+    assert verb.train(str(tmp_path), "tiny", dry_run=True) == 0
+    said = capsys.readouterr()
+    assert "phase 1024 is skipped" in said.err
+    assert [json.loads(line).get("phase") for line in said.out.splitlines()] == [None, "256", "512"]
+    shutil.rmtree(tmp_path / "packed/p48")
+    with pytest.raises(ValueError, match="k2 pack --policy p48"):
+        verb.train(str(tmp_path), "tiny")
