@@ -1,9 +1,13 @@
 """Checkpoints are whole or not there, and hold everything that a step needs."""
 
+from dataclasses import replace
+
 import torch
 
 from k2model import checkpoint, optim
 from k2model.dit import NANO, DiT
+
+SMALL = replace(NANO, width=64, num_blocks=1, num_heads=2, num_kv_heads=1)
 
 
 def test_the_latest_whole_checkpoint_is_found_and_torn_ones_are_passed_over(tmp_path):
@@ -20,17 +24,17 @@ def test_the_latest_whole_checkpoint_is_found_and_torn_ones_are_passed_over(tmp_
 
 def test_the_optimizer_comes_back_under_the_names_of_the_parameters(tmp_path):
     def step(model, optimizer, seed):
-        text = torch.randn(1, 3, NANO.text_taps, NANO.text_dim, generator=torch.Generator().manual_seed(seed))
+        text = torch.randn(1, 3, SMALL.text_taps, SMALL.text_dim, generator=torch.Generator().manual_seed(seed))
         model(torch.ones(1, 16, 4, 4), torch.tensor([0.5]), text).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
 
     torch.manual_seed(0)
-    model = DiT(NANO)
+    model = DiT(SMALL)
     optimizer = optim.adamw(model, 1e-3, 0.01)
     step(model, optimizer, 1)
     checkpoint.save(tmp_path, 1, {"model": model.state_dict(), "optimizer": optim.optimizer_tensors(model, optimizer)}, {})
-    other = DiT(NANO)
+    other = DiT(SMALL)
     found = checkpoint.latest(tmp_path)
     other.load_state_dict(found.tensors("model"))
     resumed = optim.adamw(other, 1e-3, 0.01)
@@ -41,7 +45,7 @@ def test_the_optimizer_comes_back_under_the_names_of_the_parameters(tmp_path):
 
 
 def test_weight_decay_is_on_matrices_and_norm_scales_and_not_on_biases_and_tables():
-    model = DiT(NANO)
+    model = DiT(SMALL)
     decayed, rest = ({id(p) for p in group["params"]} for group in optim.adamw(model, 1e-3, 0.01).param_groups)
     names = {id(p): name for name, p in model.named_parameters()}
     assert {names[i].rsplit(".", 1)[1] for i in decayed} == {"weight", "scale"}
