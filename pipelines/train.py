@@ -9,8 +9,9 @@ import math
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -179,9 +180,10 @@ def run(plan: TrainRecipe, spans: list[Span], place: Path, device: torch.device)
                 if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
                     group = packed.group_at(cursor, plan.seed)
                     print(
-                        f"k2 train: loss {result.loss}, gradient norm {result.grad_norm} at step {done + 1} of phase {phase.name}, cursor "
-                        f"{tuple(cursor)} ({group['file']} row group {group['row_group']} of {packed.directory}: {', '.join(batch.uids[:4])} "
-                        "...). The weights were not changed; the last checkpoint is whole. Look at these images, or lower lr or clip.",
+                        f"k2 train: loss {result.loss}, gradient norm {result.grad_norm} at step {done + 1} of phase {phase.name}, "
+                        f"cursor {tuple(cursor)} ({group['file']} row group {group['row_group']} of {packed.directory}: "
+                        f"{', '.join(batch.uids[:4])} ...). The weights were not changed; the last checkpoint is whole. "
+                        "Look at these images, or lower lr or clip.",
                         file=sys.stderr,
                     )
                     return 1
@@ -261,20 +263,18 @@ def train_step(parts: Parts, plan: TrainRecipe, phase: Phase, batch: Batch, step
 
 @torch.no_grad()
 def samples(parts: Parts, plan: TrainRecipe, phase: Phase, packed: Packed, path: Path, title: str) -> None:
-    """Write a grid of samples; without prompts in the recipe, for captions of the first row group and beside its pictures.
+    """Write a grid of samples; without prompts in the recipe, for captions of the data and beside their pictures.
 
     The noise is a function of seed and prompt, so that grids of different steps show the same pictures growing.
     """
-    group = packed.groups[0]
     pictures = {}
     if plan.sample_prompts:
         prompts = list(plan.sample_prompts[: phase.num_samples])
         height = width = phase.resolution
     else:
-        batch = packed.read(group)
-        prompts = batch.captions[: phase.num_samples]
-        height, width = group["bucket_height"], group["bucket_width"]
-        pixels = to_pixels(batch.images[: phase.num_samples].to(parts.device))
+        prompts, images = examples(packed, phase.num_samples)
+        height, width = images.shape[2:]
+        pixels = to_pixels(images.to(parts.device))
         pictures["data through the codec"] = to_images(parts.codec.decode(parts.codec.encode(pixels)))
     shape = (plan.model.channels, height // FACTOR, width // FACTOR)
     generators = [torch.Generator().manual_seed(flow.number(plan.seed, "sample", i, prompt)) for i, prompt in enumerate(prompts)]
@@ -292,6 +292,18 @@ def samples(parts: Parts, plan: TrainRecipe, phase: Phase, packed: Packed, path:
     parts.model.train()
     pictures["samples"] = to_images(parts.codec.decode(latents))
     sample_grid(pictures, prompts, f"{title}, guidance {plan.guidance:g}, {plan.sample_steps} Euler steps", path)
+
+
+def examples(packed: Packed, count: int) -> tuple[list[str], torch.Tensor]:
+    """Captions and pictures, uint8 (N, 3, H, W), of at most `count` images of the commonest bucket, from as many row groups as it has."""
+    sizes = Counter()
+    for group in packed.groups:
+        sizes[group["bucket_height"], group["bucket_width"]] += group["num_rows"]
+    common = sizes.most_common(1)[0][0]
+    groups = [group for group in packed.groups if (group["bucket_height"], group["bucket_width"]) == common][:count]
+    rows = [zip(batch.captions, batch.images, strict=True) for batch in map(packed.read, groups)]
+    chosen = [example for level in zip_longest(*rows) for example in level if example is not None][:count]
+    return [caption for caption, _ in chosen], torch.stack([image for _, image in chosen])
 
 
 def save_checkpoint(parts: Parts, place: Path, step: int, phase: Phase, cursor: Cursor) -> None:

@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -78,6 +81,46 @@ def test_a_run_resumed_at_any_checkpoint_has_the_same_losses_and_weights(straigh
     assert losses(out) == losses(straight)
     last = [(run / "checkpoints/000010/model.safetensors").read_bytes() for run in (out, straight)]
     assert last[0] == last[1]
+
+
+# A process of its own that is killed for good while it saves the checkpoint of step 6: all is written, nothing is renamed yet.
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {tests!r})
+from e2e.test_train import tiny_recipe
+from k2model import checkpoint
+from pipelines import recipes, train
+whole = os.replace
+def replace(source, target):
+    if str(target).endswith("000006"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    whole(source, target)
+checkpoint.os.replace = replace
+recipes.TRAIN["tiny"] = tiny_recipe
+train.train({data!r}, "tiny", {out!r}, "cpu", threads=1)
+"""
+
+
+def test_a_run_killed_while_it_saves_has_the_same_losses_and_weights(straight, data, tmp_path):
+    tests = str(Path(__file__).parents[1])
+    code = KILLED.format(tests=tests, data=str(data), out=str(tmp_path))
+    killed = subprocess.run([sys.executable, "-c", code], cwd=Path(tests).parent, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert [row["step"] for row in losses(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    assert sorted(place.name for place in (tmp_path / "checkpoints").iterdir()) == [".000006.tmp", "000002", "000004", "000005"]
+    assert verb.train(str(data), "tiny", str(tmp_path), "cpu", threads=1) == 0
+    assert losses(tmp_path) == losses(straight)
+    last = [(run / "checkpoints/000010/model.safetensors").read_bytes() for run in (tmp_path, straight)]
+    assert last[0] == last[1]
+    assert not list((tmp_path / "checkpoints").glob(".*.tmp"))
+
+
+def test_sample_captions_come_from_many_row_groups_of_the_commonest_bucket(data):
+    packed = verb.Packed(data / "packed" / "p32")  # 5 pictures of 32 x 32 and 4 of 32 x 16, in row groups of 2
+    captions, images = verb.examples(packed, 4)
+    batches = [packed.read(group) for group in packed.groups if group["bucket_width"] == 32]
+    assert captions == [batches[0].captions[0], batches[1].captions[0], batches[2].captions[0], batches[0].captions[1]]
+    assert images.shape == (4, 3, 32, 32) and torch.equal(images[3], batches[0].images[1])
 
 
 def test_a_finished_run_does_nothing_and_another_recipe_for_its_folder_is_refused(straight, data, capsys, monkeypatch):
