@@ -9,6 +9,8 @@ import pytest
 from PIL import Image
 from skimage import data
 
+import pipelines  # noqa: F401  first: it tells OpenMP how to wait, before torch is loaded
+
 
 def encode(pixels: np.ndarray, container: str = "JPEG", **options) -> bytes:
     """Pixels as the bytes of an image file."""
