@@ -54,10 +54,9 @@ def basics_only() -> tuple:
 def offline() -> tuple:
     """EfficientNet-Lite2 and the compact statistics: weights inside installed packages, no hub."""
     from curation.stages.artifacts import Artifacts
-    from curation.stages.synthetic import Synthetic
-
     from curation.stages.basics import Basics
     from curation.stages.embedding import Embedding
+    from curation.stages.synthetic import Synthetic
     from curation.towers import Compact, EffNet
 
     return (Basics(), Embedding(EffNet()), Embedding(Compact()), Synthetic(), Artifacts())
@@ -152,7 +151,7 @@ def k2_nano() -> TrainRecipe:
             Phase("1024", "pretrain_1024", 1024, steps=4, lr=5e-4, warmup=2, decay=2, mu=0.91, num_samples=1),
         ),
         sample_every=200,
-        sample_steps=20,
+        sample_steps=12,
         checkpoint_every=100,
     )
 
