@@ -109,7 +109,8 @@ def curve(phases: Sequence[tuple[str, np.ndarray, np.ndarray]], ylabel: str) -> 
         reach = max(1, len(values) // 20)
         smooth = [np.median(values[max(0, j - reach) : j + reach + 1]) for j in range(len(values))]
         axis.plot(steps, smooth, color=colour, linewidth=2)
-        axis.annotate(label, (steps[len(steps) // 2], 1.0), xycoords=("data", "axes fraction"), ha="center", va="bottom", color=colour)
+        height = 1.0 + 0.09 * (i % 2)  # short phases stand close together, so that their names take turns in height
+        axis.annotate(label, (steps[len(steps) // 2], height), xycoords=("data", "axes fraction"), ha="center", va="bottom", color=colour)
         if i:
             axis.axvline(steps[0], color=PALE, linewidth=1, zorder=0)
     if phases:

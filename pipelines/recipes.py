@@ -146,11 +146,11 @@ def k2_nano() -> TrainRecipe:
         vae=Pca(),
         text_tokens=10,
         phases=(
-            Phase("256", "pretrain_256", 256, steps=400, lr=3e-3, warmup=20, decay=120, mu=0.50, num_samples=6),
+            Phase("256", "pretrain_256", 256, steps=700, lr=3e-3, warmup=20, decay=200, mu=0.50, num_samples=6),
             Phase("512", "pretrain_512", 512, steps=24, lr=1e-3, warmup=4, decay=12, mu=0.58, num_samples=3),
             Phase("1024", "pretrain_1024", 1024, steps=4, lr=5e-4, warmup=2, decay=2, mu=0.91, num_samples=1),
         ),
-        sample_every=200,
+        sample_every=350,
         sample_steps=12,
         checkpoint_every=100,
     )
