@@ -45,6 +45,7 @@ def pack(run: str, policy: str, batch_size: int | None = None, seed: int = 0, ra
     check_description(place, {"packing": packing})
     done = place / "dataset.json"
     if done.exists():
+        shutil.rmtree(place / ".pieces", ignore_errors=True)  # a kill after the commit point leaves them
         return _finish(json.loads(done.read_text()), now=0)
     rows = defaultdict(list)
     for row in selection.to_pylist():

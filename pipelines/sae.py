@@ -80,14 +80,8 @@ def fit(
     sample = rows["fit"][rng.permutation(num)[:100_000]].astype(np.float32)
     command = ["k2", "sae", "fit", "--tower", tower, "--out", out, *(["--images", images] if images else ["--run", str(run)])]
     command += ["--views", str(views), "--features", str(settings.num_features), "--k", str(k), "--epochs", str(epochs)]
-    command += [
-        "--learning-rate",
-        str(learning_rate),
-        "--seed",
-        str(seed),
-        *["--per-dimension"] * per_dimension,
-        *["--no-half"] * (not half),
-    ]
+    command += ["--learning-rate", str(learning_rate), "--seed", str(seed)]
+    command += ["--per-dimension"] * per_dimension + ["--no-half"] * (not half)
     metadata = {
         "tower": chosen.identity,
         "tower_spec": tower_spec(chosen),
