@@ -4,6 +4,7 @@ import base64
 import hashlib
 import io
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,10 +47,11 @@ def render(run: str) -> str:
     environment = Environment(
         loader=PackageLoader("pipelines"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    environment.filters["breakable"] = breakable
     script = environment.loader.get_source(environment, "report.js")[0]
     context: dict[str, Any] = {"name": Path(run).resolve().name, "annotations": stages(run), "made_by": made_by(run)}
     steps = (planted, funnels, histograms, duplicates, broken, packed, training)
-    for step in tqdm(steps, desc="report", unit="section", file=sys.stderr, leave=False):
+    for step in tqdm(steps, desc="report", unit="section", file=sys.stderr, delay=5):
         context |= step(run)
     add_pictures(run, context)
     context["tiles"] = tiles(context)
@@ -58,9 +60,14 @@ def render(run: str) -> str:
     return environment.get_template("report.html.j2").render(context)
 
 
+def breakable(text: str) -> Markup:
+    """A text, escaped, that may go on in the next line after / and _, as long paths have to."""
+    return Markup("<wbr>").join(re.split(r"(?<=[/_])", text))
+
+
 CONTENTS = (
-    ("planted", "Planted faults", "planted"),
     ("funnel", "Funnel", "funnels"),
+    ("planted", "Planted faults", "planted"),
     ("rules", "Rules: what they removed", "funnels"),
     ("scores", "Scores and thresholds", "histograms"),
     ("duplicates", "Duplicate groups", "duplicates"),

@@ -80,7 +80,7 @@ def test_contents_lead_to_every_section(page):
     targets = page.eval_on_selector_all("nav a", "links => links.map(link => link.hash.slice(1))")
     sections = page.eval_on_selector_all("main section", "sections => sections.map(section => section.id)")
     assert targets == sections
-    assert sections == ["planted", "funnel", "rules", "scores", "duplicates", "broken", "packed", "training", "made-by"]
+    assert sections == ["funnel", "planted", "rules", "scores", "duplicates", "broken", "packed", "training", "made-by"]
     broken_links = "[...document.links].filter(link => !document.getElementById(link.hash.slice(1))).length"
     assert page.evaluate(broken_links) == 0 and page.locator("h1").count() == 1
 
