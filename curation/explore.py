@@ -262,7 +262,7 @@ def show(run: str, items: Sequence[dict[str, Any]], columns: int = 6, size: int 
 
 def plot_firing_rates(run: str) -> Figure:
     """How often each SAE feature fires."""
-    return plots.rates(np.array([row["share"] for row in firing_rates(run)]), "feature, most frequent first", "share of images")
+    return plots.rates(np.array([row["share"] for row in firing_rates(run)]), "features that fire, most frequent first", "share of images")
 
 
 def score_histograms(run: str, names: Sequence[str]) -> dict[str, Figure]:

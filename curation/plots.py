@@ -45,7 +45,7 @@ def bars(names: Sequence[str], kept: Sequence[int], failed: Sequence[int], alone
     for row, left in enumerate([total, *kept]):
         axis.text(total * 0.008, row, number(left), va="center", color="white" if row and left > total * 0.08 else INK, fontsize=9)
     for row, all_failed, only in zip(rows, failed, alone, strict=True):
-        text = f"fails {number(all_failed)}, it alone {number(only)}" if all_failed else "fails none"
+        text = f"removes {number(all_failed)}, alone {number(only)}" if all_failed else "removes none"
         axis.text(total * 1.01, row, text, va="center", color=INK if all_failed else GREY, fontsize=9)
     axis.set_yticks(range(len(names) + 1), ["all images", *names])
     axis.set_xlim(0, total * 1.28)
@@ -131,7 +131,8 @@ def overlaps(names: Sequence[str], together: np.ndarray) -> Figure:
     axis.imshow(np.where(lower, share, np.nan), cmap="Blues", vmin=0, vmax=1.4, aspect="auto")
     for row, column in zip(*np.nonzero(lower), strict=True):
         if together[row, column]:
-            axis.text(column, row, number(together[row, column]), ha="center", va="center", fontsize=9, color=INK)
+            colour = "white" if share[row, column] > 0.7 else INK
+            axis.text(column, row, number(together[row, column]), ha="center", va="center", fontsize=9, color=colour)
     axis.set_xticks(range(len(names)), names, rotation=40, ha="right")
     axis.set_yticks(range(len(names)), names)
     axis.spines[:].set_visible(False)
@@ -140,15 +141,13 @@ def overlaps(names: Sequence[str], together: np.ndarray) -> Figure:
 
 
 def rates(values: np.ndarray, xlabel: str, ylabel: str) -> Figure:
-    """Sorted positive values, largest first, on a logarithmic scale, with the share that is zero in words."""
+    """Positive values, largest first, on a logarithmic scale, with their number in words."""
     figure, axis = axes(6, 3)
     ordered = np.sort(np.asarray(values, np.float64))[::-1]
-    alive = ordered[ordered > 0]
-    axis.plot(np.arange(1, len(alive) + 1), alive, color=BLUE, linewidth=2)
+    assert len(ordered) == 0 or ordered[-1] > 0, "a logarithmic scale has no zero"
+    axis.plot(np.arange(1, len(ordered) + 1), ordered, color=BLUE, linewidth=2)
     axis.set_yscale("log")
     axis.set_xlabel(xlabel, color=INK)
     axis.set_ylabel(ylabel, color=INK)
-    axis.text(
-        0.98, 0.95, f"{number(len(alive))} of {number(len(ordered))} above zero", transform=axis.transAxes, ha="right", va="top", color=INK
-    )
+    axis.text(0.98, 0.95, f"{number(len(ordered))} in all", transform=axis.transAxes, ha="right", va="top", color=INK)
     return figure

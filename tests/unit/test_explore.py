@@ -157,7 +157,7 @@ def test_the_funnel_plot_says_what_the_funnel_says(run):
     text = words(explore.plot_funnel(run, POLICY))
     for rule in explore.funnel(run, POLICY)["rules"]:
         assert rule["name"] in text and str(rule["kept_so_far"]) in text
-        assert not rule["failed"] or f"fails {rule['failed']}, it alone {rule['failed_alone']}" in text
+        assert not rule["failed"] or f"removes {rule['failed']}, alone {rule['failed_alone']}" in text
 
 
 def test_overlaps_count_images_that_two_rules_remove(run):
