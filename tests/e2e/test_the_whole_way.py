@@ -110,6 +110,6 @@ def test_every_command_run_again_changes_nothing(run, heap, tmp_path):
 
 
 def test_the_report_is_one_page_that_names_the_rules(run):
-    page = (run / "report.html").read_text()
+    page = (run / "report.html").read_text().replace("<wbr>", "")  # where long names may break
     assert "pretrain_1024" in page and "not_duplicate" in page and "planted_truncated" in page
     assert 'src="http' not in page and "<link" not in page
