@@ -8,7 +8,7 @@ import struct
 import warnings
 import zlib
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -45,15 +45,32 @@ class Header:
     luma_table: tuple[int, ...] | None  # 64 quantisation steps of a JPEG's luma, in natural order
 
 
+VIEW_SIDE = 512  # short side of a view, pixels; smaller images are their own view
+READS = ("bytes", "view", "pixels")  # what a stage may look at, each including the ones before
+
+
+class Decoded(NamedTuple):
+    """One image, as far as it had to be decoded."""
+
+    header: Header
+    view: np.ndarray  # uint8 (H, W, 3) RGB, upright, alpha on white; short side VIEW_SIDE to twice that, or the whole smaller image
+    pixels: np.ndarray | None  # the same at full size; None unless asked for
+
+
 @dataclass
 class ImageBatch:
-    """The decodable images of one batch, as a stage sees them. Lists have one entry per image."""
+    """The decodable images of one batch, as a stage sees them. Lists have one entry per image.
+
+    A stage that reads "bytes" sees undecodable images too, and neither pixels nor views. One that reads "view" sees `views`; one
+    that reads "pixels" sees `images` as well.
+    """
 
     uids: list[str]
     encoded: list[bytes]
-    images: list[np.ndarray]  # uint8 (H, W, 3) RGB, upright, alpha on white
+    images: list[np.ndarray]  # uint8 (H, W, 3) RGB, upright, alpha on white; full size
     headers: list[Header]
     cache: dict[Any, Any] = field(default_factory=dict)  # what stages share, e.g. one forward pass per tower
+    views: list[np.ndarray] = field(default_factory=list)  # as `Decoded.view`
 
     def __len__(self) -> int:
         return len(self.uids)
@@ -91,6 +108,17 @@ def decode(encoded: bytes | None, limits: Limits = LIMITS) -> tuple[np.ndarray, 
     pixels = np.asarray(rgb)
     header = Header(container, mode, rgb.width, rgb.height, num_frames, tuple(table) if table is not None and len(table) == 64 else None)
     return pixels, header
+
+
+def decode_for(encoded: bytes | None, reads: str = "pixels", limits: Limits = LIMITS) -> Decoded:
+    """Decode as far as `reads` ("view" or "pixels") asks for. The view is the same array whatever was asked for.
+
+    Raises:
+        DecodeError: as `decode`, with the same text whatever was asked for.
+    """
+    assert reads in READS[1:], reads
+    pixels, header = decode(encoded, limits)
+    return Decoded(header, pixels, pixels)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
