@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import pyarrow as pa
 
-from curation.decode import LIMITS, DecodeError, ImageBatch, Limits, decode
+from curation.decode import LIMITS, DecodeError, ImageBatch, Limits, decode_for
 from curation.shards import describe, fingerprint, is_done, write_table
 from curation.sources import Shard, read_samples
 
@@ -109,13 +109,14 @@ def _decoded(shard: Shard, limits: Limits, report: Report) -> Iterator[tuple[lis
             error = row["error"]
             if error is None:
                 try:
-                    image, header = decode(row["image"], limits)
+                    header, view, image = decode_for(row["image"], "pixels", limits)
                 except DecodeError as problem:
                     error = str(problem)
                 else:
                     batch.uids.append(row["uid"])
                     batch.encoded.append(row["image"])
                     batch.images.append(image)
+                    batch.views.append(view)
                     batch.headers.append(header)
                     pixels += header.width * header.height
             rows.append(row)

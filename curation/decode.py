@@ -25,6 +25,7 @@ from curation.color import array_to_srgb, to_rgb
 from curation.formats import FORMATS, MAX_TAG_VALUES, early_size, gif_frames, jpeg_scans, looks_like, tiff_pages
 
 # One core per decode: the workers beside this one have the others.
+cv2.setNumThreads(1)
 pillow_heif.register_heif_opener(decode_threads=1, thumbnails=False, depth_images=False, aux_images=False)
 JpegXLImagePlugin.DECODE_THREADS = 0
 AvifImagePlugin.DEFAULT_MAX_THREADS = 1
