@@ -67,6 +67,65 @@ BASICS = pa.schema(
 )
 
 
+PROVENANCE = pa.schema(
+    [
+        UID,
+        column(
+            "declared_ai", pa.bool_(), "something in the file says that a model made the picture or a part of it; false: nothing says so"
+        ),
+        column(
+            "declared_by",
+            pa.string(),
+            "what says so, comma-separated: c2pa, source_type (XMP), ai_system (XMP), parameters (prompt and settings of a generator), "
+            "aigc (China's label 1), credit, software, signature (Grok's)",
+        ),
+        column(
+            "declared_source_type",
+            pa.string(),
+            "IPTC digital source type, C2PA before XMP: trainedAlgorithmicMedia, compositeWithTrainedAlgorithmicMedia (edited with a "
+            "model) and compositeSynthetic are declared_ai; digitalCapture, digitalCreation, algorithmicMedia ... are not",
+        ),
+        column("generator", pa.string(), "the tool that the evidence names: a1111, comfyui, midjourney, Adobe Firefly ..."),
+        column("evidence", pa.string(), "where generator evidence lies, comma-separated: png:parameters, exif:comment, xmp:credit ..."),
+        column(
+            "c2pa",
+            pa.string(),
+            "null: no manifest; valid: signature and hashes hold, by a signer that no trust list was asked about; invalid: they do not; "
+            "unreadable: not a manifest that can be parsed; remote: only an URL, which is never fetched. Most C2PA files are not AI",
+        ),
+        column(
+            "c2pa_problems",
+            pa.string(),
+            "C2PA failure codes, comma-separated (cawg.* ones concern a named person and leave the state alone); why it is unreadable",
+        ),
+        column("c2pa_claim_generator", pa.string(), "software that wrote the active manifest"),
+        column("c2pa_issuer", pa.string(), "organisation in the signing certificate; anyone can make one, no trust list was asked"),
+        column("c2pa_source_types", pa.string(), "digital source types of the active manifest and its ingredients, comma-separated"),
+        column("c2pa_ai_tools", pa.string(), "software agents of the actions with an AI source type, comma-separated"),
+        column("c2pa_remote", pa.string(), "URL of a manifest outside of the file; never fetched"),
+        column("xmp_source_type", pa.string(), "Iptc4xmpExt:DigitalSourceType, its last part"),
+        column("xmp_creator_tool", pa.string(), "xmp:CreatorTool"),
+        column("xmp_ai_system", pa.string(), "Iptc4xmpExt:AISystemUsed (IPTC 2025.1)"),
+        column("credit", pa.string(), "photoshop:Credit, else IPTC IIM 2:110"),
+        column("iptc_program", pa.string(), "IPTC IIM 2:65, originating program"),
+        column("aigc_label", pa.string(), "China's AIGC label (GB 45438-2025): 1 generated, 2 may be (its user says), 3 suspected"),
+        column("aigc_producer", pa.string(), "ContentProducer of that label"),
+        column("text_keys", pa.string(), "keywords of a PNG's text chunks, comma-separated"),
+        column("exif_software", pa.string(), "EXIF Software"),
+        column("exif_make", pa.string(), "EXIF Make; weak evidence of a camera; null where a generator wrote its workflow into it"),
+        column("exif_model", pa.string(), "EXIF Model; as exif_make"),
+        column("exif_lens", pa.string(), "EXIF LensModel"),
+        column("exif_taken", pa.string(), "EXIF DateTimeOriginal, as written"),
+        column("exif_exposure", pa.float32(), "EXIF ExposureTime, seconds"),
+        column("exif_f_number", pa.float32(), "EXIF FNumber"),
+        column("exif_iso", pa.float32(), "EXIF PhotographicSensitivity"),
+        column("exif_focal", pa.float32(), "EXIF FocalLength, millimetres"),
+        column("exif_maker_note", pa.bool_(), "true when the camera's own block is there"),
+        ERROR,
+    ]
+)
+
+
 def embedding_schema(dim: int) -> pa.Schema:
     """Annotation of a tower with `dim` features: one float16 vector per image as fixed-size binary.
 
@@ -140,6 +199,7 @@ PACKED = pa.schema(
 TABLES = {
     "samples": (SAMPLES, "in memory, from curation.sources"),
     "basics": (BASICS, "annotations/basics/<shard>.parquet"),
+    "provenance": (PROVENANCE, "annotations/provenance/<shard>.parquet"),
     "siglip, effnet, compact": (embedding_schema(1), "annotations/<tower>/<shard>.parquet (shown for dim 1)"),
     "synthetic": (SYNTHETIC, "annotations/synthetic/<shard>.parquet"),
     "artifacts": (ARTIFACTS, "annotations/artifacts/<shard>.parquet"),
