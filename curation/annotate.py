@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from curation.decode import LIMITS, READS, DecodeError, ImageBatch, Limits, decode_for
+from curation.decode import LIMITS, READS, Decoded, DecodeError, ImageBatch, Limits, decode_for
 from curation.schema import SAMPLES
 from curation.shards import describe, fingerprint, is_done, write_table
 from curation.sources import Shard, read_samples
@@ -72,7 +72,7 @@ class Report:
 class Inputs:
     """The images of one batch as the towers will see them: the message from preparing to inferring."""
 
-    stages: tuple[Stage, ...]
+    stages: tuple[str, ...]  # names of those that infer
     uids: list[str]  # of the images that decoded
     arrays: dict[Any, np.ndarray]  # tower -> (N, ...), contiguous
 
@@ -100,6 +100,7 @@ class Prepared:
     inputs: Inputs
 
 
+Decode = Callable[[bytes | None, str, Limits], Decoded]  # raises DecodeError
 Ask = Callable[[Inputs], Callable[[], Answers]]  # hands inputs over; what it returns waits for the answers
 
 
@@ -115,8 +116,7 @@ def infers(stage: Stage) -> bool:
 
 def stage_fingerprint(stage: Stage, limits: Limits = LIMITS) -> str:
     """What an annotation file was made by: stage, tower, weights, decoding, limits, batch boundaries."""
-    batch = [READ_IMAGES, BATCH_IMAGES, BATCH_PIXELS]
-    return fingerprint({"stage": describe(stage), "reads": reads_of(stage), "limits": limits, "batch": batch})
+    return fingerprint({"stage": describe(stage), "reads": reads_of(stage), "limits": limits, "batch": BATCH_IMAGES})
 
 
 def annotation_path(run_dir: str, stage_name: str, shard_name: str) -> str:
@@ -140,10 +140,20 @@ def annotate_shard(
     run_dir: str,
     limits: Limits = LIMITS,
     ask: Ask | None = None,
+    decode: Decode = decode_for,
+    watch: Callable[[Report], None] = lambda report: None,
 ) -> Report:
     """Run the stages that this shard misses and write their annotations, each file whole or not at all.
 
-    `functions` holds the loaded stages (see `Stage.load`); those that infer may be left out where `ask` hands them to another process.
+    Args:
+        shard: Where the samples are.
+        stages: What is wanted of it.
+        functions: The loaded stages (see `Stage.load`); those that infer may be left out where `ask` hands them to another process.
+        run_dir: The run folder.
+        limits: What an image may cost.
+        ask: Where inference happens; in this process when None.
+        decode: `decode_for`, or `isolated.decode_isolated` for a shard that has killed a process.
+        watch: Called with the report so far after every batch.
     """
     todo = missing_stages(shard, stages, run_dir, limits)
     report = Report(shard.name, [stage.name for stage in todo])
@@ -164,12 +174,13 @@ def annotate_shard(
             values = answers.values[stage.name] if infers(stage) else prepared.values[stage]
             tables[stage].append(_rows_out(stage, prepared, values))
 
-    for prepared in prepare(shard, todo, functions, report, limits):
+    for prepared in prepare(shard, todo, functions, report, limits, decode):
         report.rows += len(prepared.errors)
         report.bad += sum(error is not None for error in prepared.errors)
         waiting.append((prepared, ask(prepared.inputs)))
         while len(waiting) > BATCHES_AHEAD:
             collect()
+        watch(report)
     while waiting:
         collect()
     start = time.perf_counter()
@@ -179,17 +190,19 @@ def annotate_shard(
         assert len(table) == report.rows, (stage.name, len(table), report.rows)
         write_table(table, annotation_path(run_dir, stage.name, shard.name), stage_fingerprint(stage, limits))
     report.add("write", start)
+    watch(report)
     return report
 
 
 def infer(functions: dict[Stage, StageFunction], inputs: Inputs) -> Answers:
-    """The stages of `inputs.stages` on prepared images: the accelerator's part."""
+    """The stages that `inputs` names, on prepared images: the accelerator's part."""
     batch = ImageBatch(inputs.uids, [], [], [], {(tower, "inputs"): array for tower, array in inputs.arrays.items()})
     answers = Answers({}, {})
-    for stage in inputs.stages:
-        start = time.perf_counter()
-        answers.values[stage.name] = _values(stage, functions[stage], batch)
-        answers.seconds[stage.name] = time.perf_counter() - start
+    for stage, function in functions.items():
+        if stage.name in inputs.stages:
+            start = time.perf_counter()
+            answers.values[stage.name] = _values(stage, function, batch)
+            answers.seconds[stage.name] = time.perf_counter() - start
     return answers
 
 
@@ -199,14 +212,19 @@ def _answer_here(functions: dict[Stage, StageFunction], inputs: Inputs) -> Calla
 
 
 def prepare(
-    shard: Shard, stages: tuple[Stage, ...], functions: dict[Stage, StageFunction], report: Report, limits: Limits = LIMITS
+    shard: Shard,
+    stages: tuple[Stage, ...],
+    functions: dict[Stage, StageFunction],
+    report: Report,
+    limits: Limits = LIMITS,
+    decode: Decode = decode_for,
 ) -> Iterator[Prepared]:
     """Read, decode as far as the greediest stage needs, run the CPU stages and make the towers' inputs: batches of BATCH_IMAGES rows."""
     parts: list[Prepared] = []
     start = time.perf_counter()
     for samples in read_samples(shard, READ_IMAGES):
         report.add("read", start)
-        parts.append(_prepare_samples(samples, stages, functions, report, limits))
+        parts.append(_prepare_samples(samples, stages, functions, report, limits, decode))
         if sum(len(part.errors) for part in parts) >= BATCH_IMAGES:
             yield _joined(parts)
             parts = []
@@ -228,7 +246,12 @@ def _joined(parts: list[Prepared]) -> Prepared:
 
 
 def _prepare_samples(
-    samples: pa.RecordBatch, stages: tuple[Stage, ...], functions: dict[Stage, StageFunction], report: Report, limits: Limits
+    samples: pa.RecordBatch,
+    stages: tuple[Stage, ...],
+    functions: dict[Stage, StageFunction],
+    report: Report,
+    limits: Limits,
+    decode: Decode,
 ) -> Prepared:
     start = time.perf_counter()
     uids, encoded, source_errors = (samples[name].to_pylist() for name in ("uid", "image", "error"))
@@ -260,7 +283,7 @@ def _prepare_samples(
     for i in has_bytes if reads != "bytes" else ():
         start = time.perf_counter()
         try:
-            decoded = decode_for(encoded[i], reads, limits)
+            decoded = decode(encoded[i], reads, limits)
         except DecodeError as problem:
             errors[i] = str(problem)
             report.add("decode", start)
@@ -272,18 +295,20 @@ def _prepare_samples(
         batch.views.append(decoded.view)
         if decoded.pixels is not None:
             batch.images.append(decoded.pixels)
-        pixels += decoded.header.width * decoded.header.height
+            pixels += decoded.pixels.size // 3
+        pixels += decoded.view.size // 3
         report.add("decode", start)
         if pixels >= BATCH_PIXELS:
             run(batch, of_bytes=False)
             batch, pixels = ImageBatch([], [], [], []), 0
     run(batch, of_bytes=False)
+    inputs = {tower: np.concatenate(parts) for tower, parts in arrays.items()}
     return Prepared(
         ledger,
         source_errors,
         errors,
         {stage: pa.concat_tables(tables) for stage, tables in values.items()},
-        Inputs(tuple(filter(infers, stages)), seen, {tower: np.concatenate(parts) for tower, parts in arrays.items()}),
+        Inputs(tuple(stage.name for stage in stages if infers(stage)), seen, inputs),
     )
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from curation import annotate
 from curation.annotate import annotate_shard, annotation_path, infer
+from curation.decode import decode_for
 from curation.schema import ERROR, UID, column
 from curation.sources import list_shards, read_samples
 from curation.stages.basics import Basics
@@ -114,15 +115,22 @@ def test_a_stage_that_reads_bytes_also_sees_images_that_do_not_decode(tiny_folde
     assert [row["md5"] for row in by_bytes] == [row["md5"] for row in by_pixels]
 
 
-def test_images_are_decoded_once_and_no_further_than_the_greediest_missing_stage_asks(tiny_folder, tmp_path, monkeypatch):
-    asked, decode_for = [], annotate.decode_for
-    monkeypatch.setattr(annotate, "decode_for", lambda encoded, reads, limits: (asked.append(reads), decode_for(encoded, reads, limits))[1])
-    shards = list_shards(str(tiny_folder))
-    run(shards, (Looks("bytes"),), tmp_path)
+def test_images_are_decoded_once_and_no_further_than_the_greediest_missing_stage_asks(tiny_folder, tmp_path):
+    asked = []
+
+    def decode(encoded, reads, limits):
+        asked.append(reads)
+        return decode_for(encoded, reads, limits)
+
+    def go(*stages):
+        functions = {stage: stage.load("cpu") for stage in stages}
+        annotate_shard(list_shards(str(tiny_folder))[0], stages, functions, str(tmp_path), decode=decode)
+
+    go(Looks("bytes"))
     assert asked == []
-    run(shards, (Looks("bytes"), Looks("view")), tmp_path)
+    go(Looks("bytes"), Looks("view"))
     assert asked == ["view"] * 23
-    run(shards, (Looks("view"), Looks("pixels"), Brightness()), tmp_path)
+    go(Looks("view"), Looks("pixels"), Brightness())
     assert asked == ["view"] * 23 + ["pixels"] * 23
 
 
