@@ -23,14 +23,34 @@ SAMPLES = pa.schema(
         UID,
         column("shard", pa.string(), "shard that the sample came from", nullable=False),
         column(
-            "key", pa.string(), "key inside the shard (tar: WebDataset key; folder: relative path; Parquet: row number)", nullable=False
+            "key",
+            pa.string(),
+            "key inside the shard (tar: WebDataset key; folder: relative path; Parquet, Arrow: row number); controls and bytes that are "
+            "no UTF-8 as \\x00; ~2 for a key that comes again; ~lost: what a damaged shard no longer gives",
+            nullable=False,
         ),
         column("image", pa.binary(), "encoded image bytes, exactly as in the source; null when the sample has none"),
         column("caption", pa.string(), "caption of the source; the file's folder and name in words when it has none"),
-        column("caption_source", pa.string(), "txt, json, column, or name (made from the file name, not written by anyone)"),
+        column("caption_source", pa.string(), "txt, json, column, metadata, or name (made from the file name, not written by anyone)"),
         ERROR,
     ]
 )  # in memory only: image bytes stay in the source until `k2 pack`
+
+SHARDS = pa.schema(
+    [
+        column("name", pa.string(), "shard; a safe file name, kept when the source grows", nullable=False),
+        column("kind", pa.string(), "tar, parquet, arrow or folder", nullable=False),
+        column("path", pa.string(), "local path or URL of the file or folder; odd bytes as \\x00", nullable=False),
+        column("root", pa.string(), "folder that paths inside a Parquet file may not leave", nullable=False),
+        column("size", pa.int64(), "bytes of the file, or of the slice's images", nullable=False),
+        column("stamp", pa.string(), "size and version (ETag, generation, time of change) of the file when it was listed", nullable=False),
+        column("row_groups", pa.list_(pa.int32()), "first row group and one past the last, of a slice of a large Parquet file"),
+        column("members", pa.list_(pa.string()), "of a folder: images relative to path", nullable=False),
+        column("stamps", pa.list_(pa.string()), "one per member, its caption files included", nullable=False),
+        column("texts", pa.list_(pa.list_(pa.string())), "suffixes of the caption files beside each member", nullable=False),
+        column("captions", pa.list_(pa.string()), "one per member, from metadata.csv, .jsonl or .parquet of its folder", nullable=False),
+    ]
+)
 
 BASICS = pa.schema(
     [
@@ -198,6 +218,7 @@ PACKED = pa.schema(
 
 TABLES = {
     "samples": (SAMPLES, "in memory, from curation.sources"),
+    "shards": (SHARDS, "shards.parquet, the source as it was listed by k2 annotate"),
     "basics": (BASICS, "annotations/basics/<shard>.parquet"),
     "provenance": (PROVENANCE, "annotations/provenance/<shard>.parquet"),
     "siglip, effnet, compact": (embedding_schema(1), "annotations/<tower>/<shard>.parquet (shown for dim 1)"),
