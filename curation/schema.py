@@ -200,7 +200,7 @@ SELECTION = pa.schema(
 PACKED = pa.schema(
     [
         UID,
-        column("image", pa.binary(), "JPEG (quality 95, 4:4:4) of exactly bucket_height x bucket_width pixels", nullable=False),
+        column("image", pa.binary(), "JPEG of exactly the bucket's size: quality 95, 4:4:4, or the source's own bytes", nullable=False),
         column("caption", pa.string(), "caption of the source", nullable=False),
         column("caption_source", pa.string(), "txt, json, column or name", nullable=False),
         column("bucket_height", pa.int32(), "height of the image, the same in the whole row group", nullable=False),
@@ -213,6 +213,7 @@ PACKED = pa.schema(
         column("crop_width", pa.int32(), "crop in pixels of the upright source image", nullable=False),
         column("shard", pa.string(), "shard that the sample came from", nullable=False),
         column("key", pa.string(), "key inside the shard", nullable=False),
+        column("padding", pa.bool_(), "true for a repeated row that fills up the last batch of a bucket", nullable=False),
     ]
 )  # a row group is one training batch of one bucket; dataset.json lists them in order
 
