@@ -72,6 +72,7 @@ def _saved(image: Image.Image, container: str, **options) -> bytes:
     return buffer.getvalue()
 
 
+@cache
 def images() -> list[Hostile]:
     """All of them, with unique names."""
     made = [*_truncated(), *_flipped(), *_not_images(), *_bombs(), *_lies(), *_metadata(), *_wrong_suffix()]
