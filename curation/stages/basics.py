@@ -18,7 +18,7 @@ from curation.decode import VIEW_SIDE, ImageBatch
 from curation.schema import BASICS, PHASH_BYTES
 
 HASH_SIDE = 12  # bits of a phash per side
-COLOR_SIDE = 128  # short side of the sample of pixels that colorhash counts
+SAMPLE_SIDE = 128  # short side of the grid of pixels that colours are counted on
 FLAT_RANGE = 6  # a line is flat when its 1st to 99th percentile spans at most this many grey levels (JPEG ringing allowed)
 
 # IJG's luma table at quality 50 (ITU-T T.81, table K.1), natural order: the yardstick of the quality estimate.
@@ -71,28 +71,28 @@ def compute(batch: ImageBatch) -> dict[str, Any]:
 
 
 def facts(view: np.ndarray) -> dict[str, Any]:
-    """Facts of the pixels of one uint8 (H, W, 3) view (curation.decode), everything but the hashes at short side <= VIEW_SIDE."""
-    height, width = rows, columns = view.shape[:2]
-    scale = VIEW_SIDE / min(height, width)
-    if scale < 1:  # a view is less than twice too large: there bilinear means do as well as area means, and 7 times faster
-        width, height = max(1, round(width * scale)), max(1, round(height * scale))
-        pixels = cv2.resize(view, (width, height), interpolation=cv2.INTER_LINEAR)
-    else:
-        pixels = view
+    """Facts of the pixels of one uint8 (H, W, 3) view (curation.decode): the phashes of the whole view, texture and borders at
+    short side <= VIEW_SIDE, and what counts colours on a grid of short side <= SAMPLE_SIDE."""
+    height, width = view.shape[:2]
+    # A view is less than twice too large: there bilinear means do as well as area means, and 7 times faster.
+    pixels = _shrunk(view, VIEW_SIDE, cv2.INTER_LINEAR)
+    # Colours are picked and not averaged: means would take the colour out of grain and thin lines.
+    sample = _shrunk(view, SAMPLE_SIDE, cv2.INTER_NEAREST)
     luma = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
     phash, mirror = phashes(luma if pixels is view else cv2.cvtColor(view, cv2.COLOR_RGB2GRAY))
     top, bottom, left, right = border(luma)
-    _, spread = cv2.meanStdDev(cv2.Laplacian(luma, cv2.CV_16S, ksize=1, borderType=cv2.BORDER_REFLECT))
+    # With the edge mirrored the Laplacian sums to zero, so that its variance is its mean square.
+    edges = cv2.Laplacian(luma, cv2.CV_16S, ksize=1, borderType=cv2.BORDER_REFLECT)
     return {
-        "width": columns,
-        "height": rows,
+        "width": width,
+        "height": height,
         "phash": phash,
         "phash_mirror": mirror,
-        "colorhash": colorhash(view),
-        "rgb_entropy": sum(entropy(pixels, c) for c in range(3)) / 3,
-        "laplacian_var": float(spread[0, 0]) ** 2,
-        "white_ratio": cv2.countNonZero(cv2.inRange(pixels, (250, 250, 250), (255, 255, 255))) / (width * height),
-        "black_ratio": cv2.countNonZero(cv2.inRange(pixels, (0, 0, 0), (5, 5, 5))) / (width * height),
+        "colorhash": colorhash(sample),
+        "rgb_entropy": sum(entropy(sample, c) for c in range(3)) / 3,
+        "laplacian_var": cv2.norm(edges, cv2.NORM_L2SQR) / edges.size,
+        "white_ratio": cv2.countNonZero(cv2.inRange(sample, (250, 250, 250), (255, 255, 255))) / (sample.size // 3),
+        "black_ratio": cv2.countNonZero(cv2.inRange(sample, (0, 0, 0), (5, 5, 5))) / (sample.size // 3),
         "border_top": top,
         "border_bottom": bottom,
         "border_left": left,
@@ -101,23 +101,38 @@ def facts(view: np.ndarray) -> dict[str, Any]:
     }
 
 
+def _shrunk(view: np.ndarray, side: int, how: int) -> np.ndarray:
+    """The view with a short side of at most `side` pixels."""
+    height, width = view.shape[:2]
+    scale = side / min(height, width)
+    return view if scale >= 1 else cv2.resize(view, (max(1, round(width * scale)), max(1, round(height * scale))), interpolation=how)
+
+
 def phashes(luma: np.ndarray) -> tuple[bytes, bytes]:
     """imagehash.phash(hash_size=12) of a uint8 (H, W) luma and of its mirror: the signs of the lowest 12 x 12 frequencies of a
     48 x 48 picture against their median. Within 1 bit of the library on full pixels (tests/unit/test_basics.py)."""
-    # Halving by means first hardly touches the 12th frequency, and leaves the Lanczos resize a quarter to read. An odd side is
-    # filled up and the half pixel cut off by `box`: without it the whole picture would move.
+    # Means over 2, 4 or 8 pixels first hardly touch the 12th frequency, and leave the Lanczos resize little to read. A side that does
+    # not divide is filled up, and what was added is cut off by `box`: without it the whole picture would move.
     height, width = luma.shape
-    side, box = 4 * HASH_SIDE, (0, 0, width, height)
-    if min(height, width) >= 8 * side:
-        luma = cv2.copyMakeBorder(luma, 0, height % 2, 0, width % 2, cv2.BORDER_REPLICATE)
-        luma = cv2.resize(luma, (luma.shape[1] // 2, luma.shape[0] // 2), interpolation=cv2.INTER_AREA)
-        box = (0, 0, width / 2, height / 2)
+    side, factor = 4 * HASH_SIDE, 1
+    while min(height, width) >= 4 * side * factor:
+        factor *= 2
+    if factor > 1:
+        luma = cv2.copyMakeBorder(luma, 0, -height % factor, 0, -width % factor, cv2.BORDER_REPLICATE)
+        luma = cv2.resize(luma, (luma.shape[1] // factor, luma.shape[0] // factor), interpolation=cv2.INTER_AREA)
+    box = (0, 0, width / factor, height / factor)
     small = np.asarray(Image.fromarray(luma).resize((side, side), Image.Resampling.LANCZOS, box), np.float64)
     low = _cosines() @ small @ _cosines().T
     # A flat picture has zeros here, whatever the last bits of a sum say.
     low = low.round(6) + 0.0
     mirror = low * _MIRROR
-    return (_bits(low > np.median(low)), _bits(mirror > np.median(mirror)))
+    return _bits(low > _median(low)), _bits(mirror > _median(mirror))
+
+
+def _median(values: np.ndarray) -> float:
+    """np.median of an even number of values, without its checks."""
+    ordered = np.sort(values, axis=None)
+    return (ordered[ordered.size // 2 - 1] + ordered[ordered.size // 2]) / 2
 
 
 _MIRROR = np.where(np.arange(HASH_SIDE) % 2, -1.0, 1.0)  # mirroring an image turns the sign of its odd horizontal frequencies
@@ -142,17 +157,10 @@ _HUE = np.searchsorted([44, 85, 129, 171, 214], np.arange(256), side="right").as
 _SATURATION = np.array([0] * 85 + [6] * 85 + [18] + [12] * 85, np.uint8)
 
 
-def colorhash(view: np.ndarray) -> bytes:
-    """imagehash.colorhash(binbits=3) of a uint8 (H, W, 3) view, counted on its pixels nearest to a grid of short side COLOR_SIDE.
-
-    Pixels are picked and not averaged: means would take the colour out of grain and thin lines.
-    """
-    height, width = view.shape[:2]
-    scale = COLOR_SIDE / min(height, width)
-    if scale < 1:
-        view = cv2.resize(view, (max(1, round(width * scale)), max(1, round(height * scale))), interpolation=cv2.INTER_NEAREST)
-    hsv = cv2.cvtColor(view, cv2.COLOR_RGB2HSV_FULL)
-    lit = cv2.cvtColor(view, cv2.COLOR_RGB2GRAY) >= 32
+def colorhash(sample: np.ndarray) -> bytes:
+    """imagehash.colorhash(binbits=3) of uint8 (H, W, 3) pixels."""
+    hsv = cv2.cvtColor(sample, cv2.COLOR_RGB2HSV_FULL)
+    lit = cv2.cvtColor(sample, cv2.COLOR_RGB2GRAY) >= 32
     bins = _HUE[hsv[..., 0]] + _SATURATION[hsv[..., 1]]
     counts = np.bincount(bins[lit], minlength=24)
     number, grey = lit.size, counts[:6].sum()
