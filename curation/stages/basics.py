@@ -153,19 +153,20 @@ def _bits(values: np.ndarray) -> bytes:
 
 # imagehash.colorhash cuts Pillow's hue into 6 equal bins of 0 to 255, and saturation into grey (< 85), faint (< 170) and bright
 # (> 170). The same cuts on OpenCV's HSV, which rounds where Pillow truncates: 99.5 % of all colours fall into the same bin.
-_HUE = np.searchsorted([44, 85, 129, 171, 214], np.arange(256), side="right").astype(np.uint8)
-_SATURATION = np.array([0] * 85 + [6] * 85 + [18] + [12] * 85, np.uint8)
+_BINS = np.zeros((1, 256, 3), np.uint8)  # per channel of HSV: 0-5 of hue, and 0, 6, 12 or 18 of saturation; value counts nothing
+_BINS[0, :, 0] = np.searchsorted([44, 85, 129, 171, 214], np.arange(256), side="right")
+_BINS[0, :, 1] = [0] * 85 + [6] * 85 + [18] + [12] * 85
+_SUM = np.array([[1, 1, 0]], np.float32)
 
 
 def colorhash(sample: np.ndarray) -> bytes:
     """imagehash.colorhash(binbits=3) of uint8 (H, W, 3) pixels."""
-    hsv = cv2.cvtColor(sample, cv2.COLOR_RGB2HSV_FULL)
-    lit = cv2.cvtColor(sample, cv2.COLOR_RGB2GRAY) >= 32
-    bins = _HUE[hsv[..., 0]] + _SATURATION[hsv[..., 1]]
-    counts = np.bincount(bins[lit], minlength=24)
-    number, grey = lit.size, counts[:6].sum()
-    colored = max(1, counts[6:].sum())
-    shares = [(number - lit.sum()) / number, grey / number, *(counts[6:18] / colored)]
+    bins = cv2.transform(cv2.LUT(cv2.cvtColor(sample, cv2.COLOR_RGB2HSV_FULL), _BINS), _SUM)
+    lit = cv2.inRange(cv2.cvtColor(sample, cv2.COLOR_RGB2GRAY), 32, 255)
+    counts = cv2.calcHist([bins], [0], lit, [24], [0, 24]).reshape(-1).astype(np.float64)
+    number, grey = bins.size, counts[:6].sum()
+    colored = max(1.0, counts[6:].sum())
+    shares = [(number - counts.sum()) / number, grey / number, *(counts[6:18] / colored)]
     levels = np.minimum(7, (np.array(shares) * 8).astype(np.uint8))
     return _bits(np.unpackbits(levels[:, None], axis=1)[:, 5:])
 
@@ -186,18 +187,27 @@ def border(luma: np.ndarray) -> tuple[float, float, float, float]:
 
 
 def _depth(lines: np.ndarray) -> float:
-    # Most images have no border: the order statistics just inside the two percentiles tell so of the first line.
-    inside = (lines.shape[1] - 1) // 100 + 1
-    ordered = np.sort(lines[0])
-    if len(ordered) > 2 * inside and int(ordered[-1 - inside]) - int(ordered[inside]) > FLAT_RANGE:
+    # Most images have no border, and the order statistics just inside the two percentiles of the first line tell so.
+    first = np.sort(lines[0])
+    inside = (len(first) - 1) // 100 + 1
+    if len(first) > 2 * inside and int(first[-1 - inside]) - int(first[inside]) > FLAT_RANGE:
         return 0.0
-    edge = float(np.median(ordered))
-    for take in (4, len(lines)):
-        low, high = np.percentile(lines[:take], (1, 99), axis=1)
+    edge = _percentile(first[None], 0.5)
+    for take in (8, 64, len(lines)):  # further in only while all of them are flat
+        ordered = np.sort(lines[:take], axis=1)
+        low, high = _percentile(ordered, 0.01), _percentile(ordered, 0.99)
         flat = (high - low <= FLAT_RANGE) & (np.abs((low + high) / 2 - edge) <= FLAT_RANGE)
         if not flat.all():
             return int(flat.argmin()) / len(lines)
     return 1.0
+
+
+def _percentile(ordered: np.ndarray, share: float) -> np.ndarray:
+    """np.percentile of each sorted row: linear between the two nearest values."""
+    place = share * (ordered.shape[1] - 1)
+    below = int(place)
+    above = min(below + 1, ordered.shape[1] - 1)
+    return ordered[:, below] + (place - below) * (ordered[:, above].astype(np.float64) - ordered[:, below])
 
 
 def complexity(pixels: np.ndarray) -> float:
