@@ -101,8 +101,9 @@ def _jpeg(encoded: bytes, blocks: Blocks) -> bool:
         elif marker == 0xE1 and content.startswith(_XMP):
             blocks.add_xmp(content[len(_XMP) :])
         elif marker == 0xE1 and content.startswith(_MORE_XMP):
-            if left > 0:  # 32 hexadecimal digits name the whole; then its length and this part's offset, 4 bytes each
-                extended.setdefault(content[35:67], bytearray()).extend(content[75:])
+            name = content[35:67]  # 32 hexadecimal digits; then the length of the whole and this part's offset, 4 bytes each
+            if left > 0 and (name in extended or len(extended) < PACKETS):
+                extended.setdefault(name, bytearray()).extend(content[75:])
                 left -= len(content)
         elif marker == 0xED and content.startswith(b"Photoshop 3.0\0") and len(photoshop) < BLOCK_BYTES:
             photoshop += content[14:]

@@ -23,7 +23,7 @@ from pipelines.cli import call
 from pipelines.cost import Cluster, Rates, cost, text
 
 PARTS = ("read", "decode", "prepare", "write")  # seconds of report.jsonl that are no stage; waiting is no work
-PROBE_SHARDS = 8
+PROBE_SHARDS = 16  # places of the source that a probe takes its images from
 ENCODED_IMAGES = 64  # images that are cut to size to learn what a packed one weighs
 
 
@@ -158,8 +158,8 @@ def probed_rates(
 
 
 def _some(source: str, count: int) -> Iterator[dict]:
-    """The first samples of up to PROBE_SHARDS shards, spread over the listing."""
-    shards = list_shards(source)
+    """The first samples of up to PROBE_SHARDS shards, spread over the listing. A folder is cut small, so that all of it is seen."""
+    shards = list_shards(source, shard_size=max(16, count // PROBE_SHARDS))
     chosen = shards[:: max(1, len(shards) // PROBE_SHARDS)][:PROBE_SHARDS]
     each = -(-count // len(chosen))
     for shard in chosen:
