@@ -269,6 +269,7 @@ def _assumptions(measured: dict[str, Any], is_probe: bool, cluster: Cluster) -> 
     if is_probe:
         lines.append("reading was measured from a local copy of the probe: the network is in --read-mb-per-s alone")
         lines.append("reading and writing cost something per file too, so that a probe of few images makes them look dearer than they are")
+        lines.append("uids are as short as the probe's: long names of files or shards add their bytes to every table")
         lines.append("a packed image was cut and encoded here; the share that a policy keeps is --keep")
     else:
         lines.append("a policy keeps the share that it kept in the run; more images bring more duplicates, so it will be lower")
