@@ -100,7 +100,7 @@ class _Stream:
         source.seek(0)
         self.codec = next((codec for magic, codec in _COMPRESSED.items() if start.startswith(magic)), None)
         if self.codec == "xz":
-            self.file: Any = lzma.open(source)
+            self.file: Any = lzma.LZMAFile(source)  # noqa: SIM115  it closes with its source
         else:
             self.file = pa.CompressedInputStream(pa.PythonFile(source, "r"), self.codec) if self.codec else source
 

@@ -236,11 +236,11 @@ def test_extended_headers_are_bounded_and_checked(tmp_path):
         assert rows[-1]["key"] == "~lost" and "header" in rows[-1]["error"], rows
 
 
-def test_a_hundred_thousand_equal_names_take_linear_time_and_stay_unique(tmp_path):
+def test_thirty_thousand_equal_names_take_linear_time_and_stay_unique(tmp_path):
     block = tarfile.TarInfo("a.jpg").tobuf()
-    (tmp_path / "x.tar").write_bytes(block * 100_000 + bytes(1024))
+    (tmp_path / "x.tar").write_bytes(block * 30_000 + bytes(1024))
     keys = [key for batch in read_samples(list_shards(str(tmp_path / "x.tar"))[0], 10_000) for key in batch["key"].to_pylist()]
-    assert len(set(keys)) == 100_000 and keys[-1] == "a~100000"
+    assert len(set(keys)) == 30_000 and keys[-1] == "a~30000"
 
 
 def test_fetch_reads_only_the_wanted_members_and_finds_every_kind_of_key(tmp_path, monkeypatch):
