@@ -70,14 +70,19 @@ def read_samples(shard: Shard, batch_size: int = 64) -> Iterator[pa.RecordBatch]
     """
     rows: list[dict] = []
     size = 0
-    for row in _rows(shard, None):
+    for row in read_rows(shard):
         rows.append(row)
         size += len(row["image"] or b"")
         if len(rows) == batch_size or size >= MAX_BATCH:
-            yield pa.RecordBatch.from_pylist(rows, schema=SAMPLES)
+            yield _batch(rows)
             rows, size = [], 0
     if rows:
-        yield pa.RecordBatch.from_pylist(rows, schema=SAMPLES)
+        yield _batch(rows)
+
+
+def _batch(rows: list[dict]) -> pa.RecordBatch:
+    arrays = [pa.array([row[field.name] for row in rows], field.type) for field in SAMPLES]
+    return pa.RecordBatch.from_arrays(arrays, schema=SAMPLES)
 
 
 def fetch(shards: list[Shard], uids: Collection[str]) -> Iterator[dict]:
@@ -89,11 +94,15 @@ def fetch(shards: list[Shard], uids: Collection[str]) -> Iterator[dict]:
         keys.setdefault(name, set()).add(key)
     for shard in shards:
         if wanted := keys.get(shard.name):
-            yield from _rows(shard, wanted)
+            yield from read_rows(shard, wanted)
 
 
-def _rows(shard: Shard, wanted: set[str] | None) -> Iterator[dict]:
-    """The rows of a shard with unique keys; only `wanted` keys where that is given."""
+def read_rows(shard: Shard, wanted: set[str] | None = None) -> Iterator[dict]:
+    """The same samples one by one, as dicts of the columns of schema.SAMPLES, which copies no image; only `wanted` keys where given.
+
+    Raises:
+        As `read_samples`.
+    """
     taken: dict[str, int] = {}
     for sample in _READERS[shard.kind](shard, wanted):
         key = name = safe_key(sample.key)

@@ -22,11 +22,11 @@ from curation.imagefolder import captions_of
 from curation.listing import LISTING, grown, load_listing, save_listing
 from curation.names import name_in_words, safe_shard_name
 from curation.patterns import expand, filesystem_of, fixed_part, resolve
-from curation.readers import IMAGE_SUFFIXES, TEXT_SUFFIXES, Shard, fetch, member_paths, member_stamp, read_samples
+from curation.readers import IMAGE_SUFFIXES, TEXT_SUFFIXES, Shard, fetch, member_paths, member_stamp, read_rows, read_samples
 
 __all__ = [
-    "IMAGE_SUFFIXES", "Shard", "SourceChangedError", "fetch", "grown", "list_shards", "load_listing", "name_in_words", "read_samples",
-    "save_listing", "source_shards",
+    "IMAGE_SUFFIXES", "Shard", "SourceChangedError", "fetch", "grown", "list_shards", "load_listing", "name_in_words", "read_rows",
+    "read_samples", "save_listing", "source_shards",
 ]  # fmt: skip
 
 SLICE_BYTES = 1 << 30  # a Parquet file beyond this is several shards, each of about half of it

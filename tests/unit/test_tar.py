@@ -236,6 +236,21 @@ def test_extended_headers_are_bounded_and_checked(tmp_path):
         assert rows[-1]["key"] == "~lost" and "header" in rows[-1]["error"], rows
 
 
+@pytest.mark.parametrize("size", [-1, -(1 << 60), 1 << 40, (1 << 63) - 1, 1 << 64, 1 << 80])
+@pytest.mark.parametrize("name", ["x.jpg", "x.cls", "x.txt"])
+def test_a_header_that_lies_about_its_size_costs_nothing(tmp_path, size, name):
+    block = bytearray(entry(name, tarfile.REGTYPE).tobuf())
+    block[124:136] = (size % (1 << 95) | 1 << 95).to_bytes(12) if size >= 0 else (size % (1 << 96)).to_bytes(12)
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    tar_of([("0.jpg", PICTURES[0])], tmp_path / "x.tar")
+    data = (tmp_path / "x.tar").read_bytes()
+    for content in (block + data, gzip.compress(block + data)):
+        (tmp_path / "x.tar").write_bytes(content)
+        rows = rows_of(tmp_path / "x.tar")
+        assert rows[-1]["key"] == "~lost" and re.search("inside|size", rows[-1]["error"]), rows
+
+
 def test_thirty_thousand_equal_names_take_linear_time_and_stay_unique(tmp_path):
     block = tarfile.TarInfo("a.jpg").tobuf()
     (tmp_path / "x.tar").write_bytes(block * 30_000 + bytes(1024))
