@@ -217,6 +217,13 @@ PACKED = pa.schema(
     ]
 )  # a row group is one training batch of one bucket; dataset.json lists them in order
 
+LATENTS = pa.schema(
+    [
+        UID,
+        column("latent", pa.binary(), "float16 little-endian (16, bucket_height / 8, bucket_width / 8), unit variance", nullable=False),
+    ]
+)  # the rows and row groups of the packed shard of the same name
+
 TABLES = {
     "samples": (SAMPLES, "in memory, from curation.sources"),
     "shards": (SHARDS, "shards.parquet, the source as it was listed by k2 annotate"),
@@ -229,6 +236,7 @@ TABLES = {
     "tags": (TAGS, "curation/weights/*.tags.csv"),
     "selection": (SELECTION, "selection/<policy>.parquet, from `k2 filter`"),
     "packed": (PACKED, "packed/<policy>/<n>.parquet, from `k2 pack`"),
+    "latents": (LATENTS, "packed/<policy>/latents/<n>.parquet, from `k2 pack --latents`"),
 }
 
 
