@@ -11,8 +11,8 @@ from typing import Any
 
 from curation.annotate import Ask, Report, annotate_shard, infer, infers, missing_stages, stage_fingerprint
 from curation.decode import decode_for
-from curation.shards import describe, fingerprint
-from curation.sources import Shard, list_shards, save_listing
+from curation.shards import describe
+from curation.sources import Shard, save_listing, source_shards
 from pipelines import cluster, recipes
 from pipelines.cli import call
 from pipelines.forecast import forecast
@@ -37,6 +37,7 @@ def annotate(
     shard_size: int = 256,
     max_bad: float = 0.5,
     device: str = "auto",
+    relist: bool = False,
     dry_run: bool = False,
 ) -> int:
     """Write one annotation per stage and shard. The same command again does only what is missing.
@@ -51,11 +52,11 @@ def annotate(
         shard_size: Files in one shard of a folder.
         max_bad: Share of broken images above which the job ends with exit code 1.
         device: auto, cpu or cuda, for the towers.
+        relist: List the source again: files that were added make new shards. Without it a source is listed once.
         dry_run: Say what would be done and written, and how long it may take, and stop.
     """
     if "://" in out:
         raise ValueError(f"--out {out!r}: a run folder is on a local or mounted disk for now; the source may be on an object store")
-    shards = list_shards(source, shard_size)
     stages = recipes.find(recipe, recipes.ANNOTATE)
     names = [stage.name for stage in stages]
     assert len(set(names)) == len(names), f"two stages share a name: {names}"
@@ -63,12 +64,13 @@ def annotate(
         out,
         {
             "source": source if "://" in source else str(Path(source).resolve()),
-            "shards": {shard.name: fingerprint(shard) for shard in shards},
+            "shard_size": shard_size,
             "stages": {stage.name: {"fingerprint": stage_fingerprint(stage), "description": describe(stage)} for stage in stages},
         },
         write=not dry_run,
         may_grow="stages",
     )
+    shards = source_shards(source, out, shard_size, relist)
     missing = {shard: missing_stages(shard, stages, out) for shard in shards}
     todo = [shard for shard in shards if missing[shard]]
     if dry_run:

@@ -65,10 +65,7 @@ def _rates(run_dir: str) -> dict[str, float]:
 def _rows(todo: dict[Shard, list[str]], rates: dict[str, float]) -> int | None:
     if not rates:
         return None
-    return sum(
-        round(shard.size / rates["bytes"]) if shard.size and rates["bytes"] else round(rates["rows"])
-        for shard in todo
-    )
+    return sum(round(shard.size / rates["bytes"]) if shard.size and rates["bytes"] else round(rates["rows"]) for shard in todo)
 
 
 def _seconds(todo: dict[Shard, list[str]], rates: dict[str, float], parts: list[str], rows: int | None) -> float | None:

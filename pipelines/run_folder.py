@@ -19,6 +19,7 @@ PACKAGES = (
     "pyarrow",
     "duckdb",
     "pillow",
+    "c2pa-python",
     "numpy",
     "open_clip_torch",
     "timm",

@@ -63,13 +63,15 @@ def test_too_many_broken_images_end_with_1(tmp_path, tiny_folder):
 def test_a_changed_source_is_refused_with_the_shard_that_differs(tmp_path, tiny_folder, capsys):
     assert k2("annotate", "--source", str(tiny_folder), "--out", str(tmp_path), "--recipe", "basics", "--ray", "off") == 0
     assert k2("annotate", "--source", str(tiny_folder), "--out", str(tmp_path), "--recipe", "basics", "--shard-size", "10") == 2
-    assert "made by another description:\n  shards.pictures-00000" in capsys.readouterr().err
+    assert "made by another description:\n  shard_size: 256 -> 10" in capsys.readouterr().err
 
 
 def test_a_dry_run_writes_nothing(tmp_path, tiny_folder, capsys):
     assert annotate(str(tiny_folder), str(tmp_path / "run"), "basics", dry_run=True) == 0
     told = json.loads(capsys.readouterr().out)
-    assert (told["shards"], told["missing"], told["stages"], told["files_to_write"]) == (1, 1, ["basics"], 1)
+    assert (told["shards"], told["missing"], told["stages"], told["files_to_write"]) == (1, 1, ["basics", "provenance"], 2)
+    assert told["bytes_to_read"] == sum(file.stat().st_size for file in tiny_folder.rglob("*") if file.suffix in (".jpg", ".png"))
+    assert told["workers_get"]["stages"] == ["basics", "provenance"] and told["workers_get"]["seconds"] is None
     assert not (tmp_path / "run").exists()
 
 
