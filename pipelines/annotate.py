@@ -57,6 +57,7 @@ def annotate(
     """
     if "://" in out:
         raise ValueError(f"--out {out!r}: a run folder is on a local or mounted disk for now; the source may be on an object store")
+    shards = source_shards(source, out, shard_size, relist)
     stages = recipes.find(recipe, recipes.ANNOTATE)
     names = [stage.name for stage in stages]
     assert len(set(names)) == len(names), f"two stages share a name: {names}"
@@ -70,7 +71,6 @@ def annotate(
         write=not dry_run,
         may_grow="stages",
     )
-    shards = source_shards(source, out, shard_size, relist)
     missing = {shard: missing_stages(shard, stages, out) for shard in shards}
     todo = [shard for shard in shards if missing[shard]]
     if dry_run:

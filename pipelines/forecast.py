@@ -20,7 +20,7 @@ def forecast(missing: dict[Shard, tuple[Stage, ...]], stages: tuple[Stage, ...],
     """
     todo = {shard: names for shard, wanted in missing.items() if (names := [stage.name for stage in wanted])}
     by_stage = Counter(name for names in todo.values() for name in names)
-    rates = _rates(run_dir)
+    rates = _rates(run_dir, {shard.name: shard.size for shard in missing})
     rows = _rows(todo, rates)
     cpu = [stage for stage in stages if not infers(stage) and by_stage[stage.name]]
     inferring = [stage for stage in stages if infers(stage) and by_stage[stage.name]]
@@ -47,13 +47,13 @@ def forecast(missing: dict[Shard, tuple[Stage, ...]], stages: tuple[Stage, ...],
     }
 
 
-def _rates(run_dir: str) -> dict[str, float]:
-    """Seconds per row of every part, from the shards that went through it; and `rows` per shard, `bytes` per row."""
+def _rates(run_dir: str, sizes: dict[str, int]) -> dict[str, float]:
+    """Seconds per row of every part, from the shards that went through it; and `rows` per shard, `bytes` of the source per row."""
     path, seconds, rows, shards, encoded, all_rows = Path(run_dir, "report.jsonl"), Counter(), Counter(), 0, 0, 0
     for line in path.read_text().splitlines() if path.exists() else ():
         report = json.loads(line)
         if report.get("rows"):
-            shards, all_rows, encoded = shards + 1, all_rows + report["rows"], encoded + report.get("bytes", 0)
+            shards, all_rows, encoded = shards + 1, all_rows + report["rows"], encoded + sizes.get(report["shard"], 0)
             for part, spent in report["seconds"].items():
                 seconds[part] += spent
                 rows[part] += report["rows"]
