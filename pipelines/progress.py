@@ -38,6 +38,7 @@ class Progress:
         """A shard is written."""
         self.rows, self.bad, self.now = self.rows + report.rows, self.bad + report.bad, Report("", [])
         self.seconds.update(report.seconds)
+        measure("k2_shard_seconds", sum(report.seconds.values()))
         self._show(1)
 
     def fail(self) -> None:
