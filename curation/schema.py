@@ -160,6 +160,14 @@ SYNTHETIC = pa.schema([UID, column("p_synthetic", pa.float32(), "calibrated P(AI
 CODE = pa.struct([pa.field("feature", pa.int32()), pa.field("value", pa.float32())])
 ARTIFACTS = pa.schema([UID, column("codes", pa.list_(CODE), "the SAE features that fire, largest value first"), ERROR])
 
+FAILED_SHARDS = pa.schema(
+    [
+        column("shard", pa.string(), "shard whose annotations are still missing", nullable=False),
+        column("tries", pa.int32(), "how often it was tried, over all runs", nullable=False),
+        column("error", pa.string(), "why the last try failed", nullable=False),
+    ]
+)
+
 DUPLICATES = pa.schema(
     [
         UID,
@@ -232,6 +240,7 @@ TABLES = {
     "siglip, effnet, compact": (embedding_schema(1), "annotations/<tower>/<shard>.parquet (shown for dim 1)"),
     "synthetic": (SYNTHETIC, "annotations/synthetic/<shard>.parquet"),
     "artifacts": (ARTIFACTS, "annotations/artifacts/<shard>.parquet"),
+    "failed shards": (FAILED_SHARDS, "failed_shards.parquet, from `k2 annotate`: tried again by the next run"),
     "duplicates": (DUPLICATES, "annotations/duplicates/all.parquet, from `k2 dedup`"),
     "tags": (TAGS, "curation/weights/*.tags.csv"),
     "selection": (SELECTION, "selection/<policy>.parquet, from `k2 filter`"),
