@@ -166,7 +166,7 @@ def test_overlaps_count_images_that_two_rules_remove(run):
     assert [written[i, i] for i in range(len(failing))] == [rule["failed"] for rule in failing]
     judged, order = explore.judge(run, POLICY), [rule["name"] for rule in failing]
     noise, complexity = order.index("not_noise"), order.index("not_too_complex")
-    both = sum(a is False and b is False for a, b in zip(judged.verdicts["not_noise"], judged.verdicts["not_too_complex"], strict=True))
+    both = sum(a == 0 and b == 0 for a, b in zip(judged.verdicts["not_noise"], judged.verdicts["not_too_complex"], strict=True))
     assert written.get((noise, complexity), 0) == both >= 1
 
 
