@@ -36,7 +36,7 @@ def words(figure: Figure) -> str:
 
 def test_annotations_count_rows_errors_and_files(run):
     found = {row["stage"]: row for row in explore.annotations(run)}
-    assert list(found) == ["artifacts", "basics", "duplicates", "synthetic"]
+    assert list(found) == ["artifacts", "basics", "duplicates", "provenance", "synthetic"]
     assert found["basics"]["rows"] == 17 and found["basics"]["errors"] == 1 and found["basics"]["files"] == 2
     assert found["duplicates"]["rows"] == 17 and found["synthetic"]["fingerprint"] == "made up"
 
