@@ -19,7 +19,7 @@ import imagehash
 import tyro
 from PIL import Image
 
-from curation.decode import DecodeError, ImageBatch, decode
+from curation.decode import DecodeError, ImageBatch, decode, decode_for
 from curation.sources import list_shards, read_samples
 from curation.stages.basics import compute
 from pipelines.annotate import annotate
@@ -37,8 +37,8 @@ def by_hand(files: list[bytes]) -> None:
 def plain(files: list[bytes]) -> None:
     """Our stage function, no engine."""
     for content in files:
-        image, header = decode(content)
-        compute(ImageBatch(["x"], [content], [image], [header]))
+        header, view, _ = decode_for(content, "view")
+        compute(ImageBatch(["x"], [content], [], [header], views=[view]))
 
 
 def timed(function, *args) -> float:

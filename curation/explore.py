@@ -122,7 +122,9 @@ def packed_samples(run: str, policy: str, n: int = 8) -> list[dict[str, Any]]:
     for i in sorted({round(x) for x in np.linspace(0, len(batches) - 1, min(n, len(batches)))} if batches else ()):
         file = pq.ParquetFile(folder / batches[i]["file"])
         columns = ["uid", "image", "caption", "caption_source", "bucket_height", "bucket_width"]
-        for row in file.read_row_group(batches[i]["row_group"], columns=columns).to_pylist()[: -(-n // len(batches))]:
+        for row in file.read_row_group(batches[i]["row_group"], columns=columns).to_pylist()[
+            : min(batches[i]["num_rows"], -(-n // len(batches)))
+        ]:
             row["image"] = Image.open(io.BytesIO(row["image"])).convert("RGB")
             found.append(row | {"label": f"{row['bucket_width']} × {row['bucket_height']}"})
     return found[:n]

@@ -23,14 +23,34 @@ SAMPLES = pa.schema(
         UID,
         column("shard", pa.string(), "shard that the sample came from", nullable=False),
         column(
-            "key", pa.string(), "key inside the shard (tar: WebDataset key; folder: relative path; Parquet: row number)", nullable=False
+            "key",
+            pa.string(),
+            "key inside the shard (tar: WebDataset key; folder: relative path; Parquet, Arrow: row number); controls and bytes that are "
+            "no UTF-8 as \\x00; ~2 for a key that comes again; ~lost: what a damaged shard no longer gives",
+            nullable=False,
         ),
         column("image", pa.binary(), "encoded image bytes, exactly as in the source; null when the sample has none"),
         column("caption", pa.string(), "caption of the source; the file's folder and name in words when it has none"),
-        column("caption_source", pa.string(), "txt, json, column, or name (made from the file name, not written by anyone)"),
+        column("caption_source", pa.string(), "txt, json, column, metadata, or name (made from the file name, not written by anyone)"),
         ERROR,
     ]
 )  # in memory only: image bytes stay in the source until `k2 pack`
+
+SHARDS = pa.schema(
+    [
+        column("name", pa.string(), "shard; a safe file name, kept when the source grows", nullable=False),
+        column("kind", pa.string(), "tar, parquet, arrow or folder", nullable=False),
+        column("path", pa.string(), "local path or URL of the file or folder; odd bytes as \\x00", nullable=False),
+        column("root", pa.string(), "folder that paths inside a Parquet file may not leave", nullable=False),
+        column("size", pa.int64(), "bytes of the file, or of the slice's images", nullable=False),
+        column("stamp", pa.string(), "size and version (ETag, generation, time of change) of the file when it was listed", nullable=False),
+        column("row_groups", pa.list_(pa.int32()), "first row group and one past the last, of a slice of a large Parquet file"),
+        column("members", pa.list_(pa.string()), "of a folder: images relative to path", nullable=False),
+        column("stamps", pa.list_(pa.string()), "one per member, its caption files included", nullable=False),
+        column("texts", pa.list_(pa.list_(pa.string())), "suffixes of the caption files beside each member", nullable=False),
+        column("captions", pa.list_(pa.string()), "one per member, from metadata.csv, .jsonl or .parquet of its folder", nullable=False),
+    ]
+)
 
 BASICS = pa.schema(
     [
@@ -45,10 +65,13 @@ BASICS = pa.schema(
         column("height", pa.int32(), "pixels, after EXIF orientation"),
         column("format", pa.string(), "container as Pillow names it: JPEG, PNG, WEBP, AVIF, TIFF, BMP, GIF ..."),
         column("mode", pa.string(), "Pillow mode before conversion to RGB: RGB, L, CMYK, P, RGBA, I;16 ..."),
-        column("num_frames", pa.int32(), "frames in the file; the first one is used"),
-        column("phash", pa.binary(PHASH_BYTES), "imagehash.phash(hash_size=12) of the upright RGB image, 144 bits, big-endian"),
+        column("num_frames", pa.int32(), "frames in the file, counted up to 1000; the first one is used"),
+        column("has_alpha", pa.bool_(), "some pixel is not opaque; it was composited on white"),
+        column("icc", pa.string(), "colour profile: none, srgb (changes nothing), converted to sRGB, or broken (ignored)"),
+        column("decode_warning", pa.string(), "what libjpeg complained about in a JPEG that still decodes; null when nothing"),
+        column("phash", pa.binary(PHASH_BYTES), "imagehash.phash(hash_size=12) of the view, 144 bits, big-endian"),
         column("phash_mirror", pa.binary(PHASH_BYTES), "the same of the mirrored image"),
-        column("colorhash", pa.binary(COLORHASH_BYTES), "imagehash.colorhash(binbits=3), 42 bits, big-endian, zero padded"),
+        column("colorhash", pa.binary(COLORHASH_BYTES), "imagehash.colorhash(binbits=3) of the view, 42 bits, big-endian, zero padded"),
         column("rgb_entropy", pa.float32(), "mean Shannon entropy of the R, G, B histograms, bits, 0 to 8"),
         column("laplacian_var", pa.float32(), "variance of the 4-neighbour Laplacian of luma (0-255), at short side <= 512"),
         column("white_ratio", pa.float32(), "share of pixels with R, G, B all >= 250"),
@@ -59,6 +82,65 @@ BASICS = pa.schema(
         column("border_right", pa.float32(), "the same from the right edge"),
         column("complexity", pa.float32(), "bytes per pixel of a JPEG quality-75 re-encode at short side <= 512"),
         column("jpeg_quality", pa.int16(), "IJG quality (1-100) estimated from the luma quantisation table; null when not JPEG"),
+        ERROR,
+    ]
+)
+
+
+PROVENANCE = pa.schema(
+    [
+        UID,
+        column(
+            "declared_ai", pa.bool_(), "something in the file says that a model made the picture or a part of it; false: nothing says so"
+        ),
+        column(
+            "declared_by",
+            pa.string(),
+            "what says so, comma-separated: c2pa, source_type (XMP), ai_system (XMP), parameters (prompt and settings of a generator), "
+            "aigc (China's label 1), credit, software, signature (Grok's)",
+        ),
+        column(
+            "declared_source_type",
+            pa.string(),
+            "IPTC digital source type, C2PA before XMP: trainedAlgorithmicMedia, compositeWithTrainedAlgorithmicMedia (edited with a "
+            "model) and compositeSynthetic are declared_ai; digitalCapture, digitalCreation, algorithmicMedia ... are not",
+        ),
+        column("generator", pa.string(), "the tool that the evidence names: a1111, comfyui, midjourney, Adobe Firefly ..."),
+        column("evidence", pa.string(), "where generator evidence lies, comma-separated: png:parameters, exif:comment, xmp:credit ..."),
+        column(
+            "c2pa",
+            pa.string(),
+            "null: no manifest; valid: signature and hashes hold, by a signer that no trust list was asked about; invalid: they do not; "
+            "unreadable: not a manifest that can be parsed; remote: only an URL, which is never fetched. Most C2PA files are not AI",
+        ),
+        column(
+            "c2pa_problems",
+            pa.string(),
+            "C2PA failure codes, comma-separated (cawg.* ones concern a named person and leave the state alone); why it is unreadable",
+        ),
+        column("c2pa_claim_generator", pa.string(), "software that wrote the active manifest"),
+        column("c2pa_issuer", pa.string(), "organisation in the signing certificate; anyone can make one, no trust list was asked"),
+        column("c2pa_source_types", pa.string(), "digital source types of the active manifest and its ingredients, comma-separated"),
+        column("c2pa_ai_tools", pa.string(), "software agents of the actions with an AI source type, comma-separated"),
+        column("c2pa_remote", pa.string(), "URL of a manifest outside of the file; never fetched"),
+        column("xmp_source_type", pa.string(), "Iptc4xmpExt:DigitalSourceType, its last part"),
+        column("xmp_creator_tool", pa.string(), "xmp:CreatorTool"),
+        column("xmp_ai_system", pa.string(), "Iptc4xmpExt:AISystemUsed (IPTC 2025.1)"),
+        column("credit", pa.string(), "photoshop:Credit, else IPTC IIM 2:110"),
+        column("iptc_program", pa.string(), "IPTC IIM 2:65, originating program"),
+        column("aigc_label", pa.string(), "China's AIGC label (GB 45438-2025): 1 generated, 2 may be (its user says), 3 suspected"),
+        column("aigc_producer", pa.string(), "ContentProducer of that label"),
+        column("text_keys", pa.string(), "keywords of a PNG's text chunks, comma-separated"),
+        column("exif_software", pa.string(), "EXIF Software"),
+        column("exif_make", pa.string(), "EXIF Make; weak evidence of a camera; null where a generator wrote its workflow into it"),
+        column("exif_model", pa.string(), "EXIF Model; as exif_make"),
+        column("exif_lens", pa.string(), "EXIF LensModel"),
+        column("exif_taken", pa.string(), "EXIF DateTimeOriginal, as written"),
+        column("exif_exposure", pa.float32(), "EXIF ExposureTime, seconds"),
+        column("exif_f_number", pa.float32(), "EXIF FNumber"),
+        column("exif_iso", pa.float32(), "EXIF PhotographicSensitivity"),
+        column("exif_focal", pa.float32(), "EXIF FocalLength, millimetres"),
+        column("exif_maker_note", pa.bool_(), "true when the camera's own block is there"),
         ERROR,
     ]
 )
@@ -166,7 +248,7 @@ SELECTION = pa.schema(
 PACKED = pa.schema(
     [
         UID,
-        column("image", pa.binary(), "JPEG (quality 95, 4:4:4) of exactly bucket_height x bucket_width pixels", nullable=False),
+        column("image", pa.binary(), "JPEG of exactly the bucket's size: quality 95, 4:4:4, or the source's own bytes", nullable=False),
         column("caption", pa.string(), "caption of the source", nullable=False),
         column("caption_source", pa.string(), "txt, json, column or name", nullable=False),
         column("bucket_height", pa.int32(), "height of the image, the same in the whole row group", nullable=False),
@@ -179,14 +261,17 @@ PACKED = pa.schema(
         column("crop_width", pa.int32(), "crop in pixels of the upright source image", nullable=False),
         column("shard", pa.string(), "shard that the sample came from", nullable=False),
         column("key", pa.string(), "key inside the shard", nullable=False),
+        column("padding", pa.bool_(), "true for a repeated row that fills up the last batch of a bucket", nullable=False),
     ]
 )  # a row group is one training batch of one bucket; dataset.json lists them in order
 
 TABLES = {
     "samples": (SAMPLES, "in memory, from curation.sources"),
+    "shards": (SHARDS, "shards.parquet, the source as it was listed by k2 annotate"),
     "basics": (BASICS, "annotations/basics/<shard>.parquet"),
     "defects": (DEFECTS, "annotations/defects/<shard>.parquet"),
     "text_density": (TEXT_DENSITY, "annotations/text_density/<shard>.parquet"),
+    "provenance": (PROVENANCE, "annotations/provenance/<shard>.parquet"),
     "siglip, effnet, compact": (embedding_schema(1), "annotations/<tower>/<shard>.parquet (shown for dim 1)"),
     "synthetic": (SYNTHETIC, "annotations/synthetic/<shard>.parquet"),
     "artifacts": (ARTIFACTS, "annotations/artifacts/<shard>.parquet"),

@@ -6,12 +6,14 @@ already atomic). "Done" means that the file is there and was made by the same de
 
 import dataclasses
 import hashlib
+import io
 import json
 import os
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import fsspec
 import pyarrow as pa
@@ -61,12 +63,18 @@ def _protocols(filesystem: fsspec.AbstractFileSystem) -> tuple[str, ...]:
     return (filesystem.protocol,) if isinstance(filesystem.protocol, str) else tuple(filesystem.protocol)
 
 
-def write_bytes(data: bytes, path: str | Path) -> None:
-    """Write a file whole or not at all."""
+@contextmanager
+def whole_file(path: str | Path) -> Iterator[IO[bytes]]:
+    """A file to write to, which is there whole after the block, or not at all when the block raises.
+
+    On the local disk what is written streams through; on an object store it is held in memory, because there a put is atomic.
+    """
     filesystem, place, local = _filesystem(path)
     if not local:
+        buffer = io.BytesIO()
+        yield buffer
         with filesystem.open(place, "wb") as file:
-            file.write(data)
+            file.write(buffer.getbuffer())
         return
     target = Path(place)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -74,12 +82,18 @@ def write_bytes(data: bytes, path: str | Path) -> None:
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_bytes(data: bytes, path: str | Path) -> None:
+    """Write a file whole or not at all."""
+    with whole_file(path) as file:
+        file.write(data)
 
 
 def write_json(value: Any, path: str | Path) -> None:
@@ -98,16 +112,15 @@ def write_table(table: pa.Table, path: str | Path, made_by: str, row_group_size:
 def write_row_groups(
     tables: Iterable[pa.Table], path: str | Path, schema: pa.Schema, made_by: str, row_group_size: int | None = None
 ) -> None:
-    """Write each table as row groups of one Parquet file, whole or not at all."""
-    sink = pa.BufferOutputStream()
+    """Write each table as row groups of one Parquet file, whole or not at all; one table is in memory at a time."""
     # Statistics of nullable columns are left out: DuckDB 2.0.0 reads "all values equal" as "no value is null", and then
     # `WHERE error IS NULL` returns the broken rows too (docs/log.md).
     sound = [field.name for field in schema if not field.nullable]
     schema = schema.with_metadata({**(schema.metadata or {}), FINGERPRINT_KEY: made_by.encode()})
-    with pq.ParquetWriter(sink, schema, compression="zstd", use_dictionary=False, write_statistics=sound) as writer:
+    options = {"compression": "zstd", "use_dictionary": False, "write_statistics": sound}
+    with whole_file(path) as file, pq.ParquetWriter(file, schema, **options) as writer:
         for table in tables:
             writer.write_table(table.cast(schema), row_group_size=row_group_size or max(len(table), 1))
-    write_bytes(sink.getvalue().to_pybytes(), path)
 
 
 def read_fingerprint(path: str | Path) -> str | None:

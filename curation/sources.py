@@ -1,123 +1,294 @@
-"""Where images come from: WebDataset tars, a folder, Parquet with an image-bytes column -> shards -> RecordBatches of samples.
+"""Where images come from: tars, folders, Parquet and Arrow files, local or on a store that fsspec knows -> shards.
 
-Local paths and fsspec URLs (s3://, gs://) take the same way. A shard is the unit of work, retry and resume.
+A shard is the unit of work, retry and resume. A source is listed once; RUN/shards.parquet remembers what was found, with the size
+and version of every file, so that a source that changed is noticed. `curation.readers` reads the samples of a shard.
 """
 
-import json
 import os
+import posixpath
 import re
-import tarfile
-from collections.abc import Collection, Iterator
-from dataclasses import asdict, dataclass
-from glob import has_magic
+from collections.abc import Sequence
+from dataclasses import fields, replace
 from pathlib import PurePosixPath
+from typing import Any
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from curation.schema import SAMPLES
-from curation.shards import write_json
+from curation.columns import image_columns
+from curation.imagefolder import captions_of
+from curation.names import escaped, name_in_words, safe_shard_name, unescaped
+from curation.patterns import expand, filesystem_of, fixed_part, resolve
+from curation.readers import (
+    IMAGE_SUFFIXES,
+    TEXT_SUFFIXES,
+    Shard,
+    SourceChangedError,
+    fetch,
+    is_local,
+    local_info,
+    member_paths,
+    member_stamp,
+    read_samples,
+    stamp,
+)
+from curation.schema import SHARDS
+from curation.shards import write_table
 
-IMAGE_SUFFIXES = frozenset(["jpg", "jpeg", "jpe", "jfif", "png", "webp", "avif", "gif", "bmp", "tif", "tiff", "heic", "heif", "jxl"])
-_IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img", "bytes", "image_bytes")
-_CAPTION_COLUMNS = ("caption", "text", "prompt", "txt", "alt_text", "description", "TEXT")
+__all__ = [
+    "IMAGE_SUFFIXES", "Shard", "SourceChangedError", "fetch", "grown", "list_shards", "load_listing", "name_in_words", "read_samples",
+    "save_listing", "source_shards",
+]  # fmt: skip
+
+SLICE_BYTES = 1 << 30  # a Parquet file beyond this is several shards, each of about half of it
+LISTING = "shards.parquet"
+_KINDS = {
+    "tar": (".tar", ".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tbz2", ".tar.xz"),
+    "parquet": (".parquet", ".pq"),
+    "arrow": (".arrow",),
+}
+_ENDINGS = re.compile(r"\.(tar\.(gz|zst|bz2|xz)|tgz|tbz2|tar|parquet|pq|arrow)$")
+_METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
 
-@dataclass(frozen=True)
-class Shard:
-    """A tar, a Parquet file, or a slice of a folder's sorted listing (`members`: paths relative to `path`)."""
+def source_shards(source: str | Sequence[str], run_dir: str, shard_size: int = 256, relist: bool = False) -> list[Shard]:
+    """The shards of a run: as remembered in RUN/shards.parquet, or listed now when nothing is remembered yet.
 
-    name: str
-    kind: str  # tar, parquet or folder
-    path: str
-    members: tuple[str, ...] = ()
-
-
-def list_shards(source: str, shard_size: int = 256) -> list[Shard]:
-    """The shards of a source, sorted by name; `shard_size` is the number of files in a shard of a folder.
-
-    `source` is a folder, a tar or Parquet file, or a pattern with * or {a,b} or {000..123}; local or an fsspec URL.
-    A folder that holds tars or Parquet files is read as those.
+    With `relist` the source is listed again: files that were added make new shards after the known ones, which keep their names.
 
     Raises:
-        ValueError: nothing matches, the kinds are mixed, or a folder holds no image.
+        SourceChangedError: `relist` finds that a known file changed or is gone.
+        ValueError: as `list_shards`.
     """
-    filesystem, place = fsspec.core.url_to_fs(str(source))
-    prefix = source[: source.index("://") + 3] if "://" in str(source) else ""
-    if filesystem.isdir(place):
-        files = sorted(filesystem.find(place))
-        archives = [file for file in files if _archive_kind(file)]
-        if archives:
-            return _archives(archives, prefix)
-        return _folder(place.rstrip("/"), prefix, files, shard_size)
-    paths = sorted(
-        {
-            path
-            for pattern in _braces(place)
-            for path in (filesystem.glob(pattern) if has_magic(pattern) else [pattern])
-            if filesystem.isfile(path)
-        }
-    )
-    if not paths:
+    filesystem, place = fsspec.core.url_to_fs(f"{run_dir}/{LISTING}")
+    if not filesystem.exists(place):
+        return list_shards(source, shard_size)
+    known = load_listing(run_dir)
+    return grown(known, list_shards(source, shard_size), shard_size) if relist else known
+
+
+def list_shards(source: str | Sequence[str], shard_size: int = 256) -> list[Shard]:
+    """The shards of a source, sorted by name; `shard_size` is the number of images in a shard of a folder.
+
+    `source` is one or several of: a folder, a tar, Parquet or Arrow file, a pattern with * or {a,b} or {000..123}, an @file with one
+    of those a line; local or an fsspec URL. A folder that holds tars, Parquet or Arrow files is read as those.
+
+    Raises:
+        ValueError: nothing matches, a path is missing, a folder holds no image or both images and archives, two shards share a name,
+            a filesystem's package is missing or refuses us.
+    """
+    groups: dict[str, tuple[fsspec.AbstractFileSystem, list[str]]] = {}
+    for pattern in expand(source):
+        filesystem, place = filesystem_of(pattern)
+        groups.setdefault(pattern.partition("://")[0] if "://" in pattern else "", (filesystem, []))[1].append(place)
+    shards: list[Shard] = []
+    for scheme, (filesystem, places) in groups.items():
+        try:
+            shards += _list(source, filesystem, f"{scheme}://" if scheme not in ("", "file") else "", places, shard_size)
+        except ValueError:
+            raise
+        except Exception as problem:
+            raise ValueError(
+                f"--source {source!r} cannot be listed: {type(problem).__name__}: {problem}. "
+                "Credentials come from the environment or from fsspec's configuration."
+            ) from problem
+    if not shards:
         raise ValueError(
             f"--source {source!r} matches nothing; give a folder of images, tars or Parquet files, or a pattern such as 'data/*.tar'"
         )
-    strangers = [path for path in paths if not _archive_kind(path)]
-    if strangers:
-        raise ValueError(
-            f"--source {source!r} matches {strangers[0]!r}, which is neither .tar, .tar.gz nor .parquet; give its folder instead"
-        )
-    return _archives(paths, prefix)
-
-
-def _archive_kind(path: str) -> str | None:
-    if path.endswith((".tar", ".tar.gz", ".tgz")):
-        return "tar"
-    return "parquet" if path.endswith((".parquet", ".pq")) else None
-
-
-def _braces(pattern: str) -> list[str]:
-    """Expand {a,b} and {000..123} as the shell does."""
-    match = re.search(r"\{([^{}]*)\}", pattern)
-    if not match:
-        return [pattern]
-    span = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
-    parts = [str(i).zfill(len(span[1])) for i in range(int(span[1]), int(span[2]) + 1)] if span else match[1].split(",")
-    return [rest for part in parts for rest in _braces(pattern[: match.start()] + part + pattern[match.end() :])]
-
-
-def _archives(paths: list[str], prefix: str) -> list[Shard]:
-    root = os.path.commonpath([str(PurePosixPath(path).parent) for path in paths])
-    shards = []
-    for path in paths:
-        name = re.sub(r"\.(tar\.gz|tgz|tar|parquet|pq)$", "", os.path.relpath(path, root)).replace("/", "__")
-        shards.append(Shard(name, _archive_kind(path), prefix + path))
-    seen: dict[str, str] = {}
+    first: dict[str, Shard] = {}
     for shard in shards:
-        if shard.name in seen:
-            raise ValueError(f"two shards are called {shard.name!r}: {seen[shard.name]} and {shard.path}; rename one")
-        seen[shard.name] = shard.path
+        if (other := first.setdefault(shard.name, shard)) is not shard:
+            raise ValueError(
+                f"two shards are called {shard.name!r}: {other.path} and {shard.path}; rename one, or give their common folder"
+            )
+    return sorted(shards, key=lambda shard: shard.name)
+
+
+def _list(source: Any, filesystem: fsspec.AbstractFileSystem, prefix: str, places: list[str], shard_size: int) -> list[Shard]:
+    """The shards of all patterns on one filesystem. Names are relative to what the patterns have in common, not to what they match
+    today: a source that grows keeps its names."""
+    found = resolve(filesystem, places)
+    files = {place: entry for place, entry in found.items() if entry["type"] != "directory"}
+    folders = sorted(place for place, entry in found.items() if entry["type"] == "directory")
+    if strangers := [place for place in files if not _archive_kind(place)]:
+        raise ValueError(
+            f"--source {source!r} matches {strangers[0]!r}, which is neither .tar (.gz, .zst, .bz2, .xz), .parquet nor .arrow; "
+            "give its folder instead"
+        )
+    single = len(folders) == 1 and not files
+    root = folders[0] if single else _common([fixed_part(place) for place in places])
+    shards = _archives(filesystem, prefix, root, _without_side_tables(files))
+    for folder in [] if files else folders:
+        shards += _folder(filesystem, prefix, root, folder.rstrip("/"), shard_size)
     return shards
 
 
-def _folder(place: str, prefix: str, files: list[str], shard_size: int) -> list[Shard]:
-    images = [os.path.relpath(file, place) for file in files if _suffix(file) in IMAGE_SUFFIXES]
+def _common(folders: list[str]) -> str:
+    absolute = [folder or "/" for folder in folders]
+    return os.path.commonpath(absolute) if len({folder.startswith("/") for folder in absolute}) == 1 else ""
+
+
+def _archive_kind(path: str) -> str | None:
+    return next((kind for kind, endings in _KINDS.items() if path.endswith(endings)), None)
+
+
+def _without_side_tables(files: dict[str, Any], folders: frozenset[str] = frozenset()) -> dict[str, Any]:
+    """Leave out img2dataset's tables beside its tars or folders (00000.parquet beside 00000.tar or 00000/): their images are there."""
+    return {
+        path: entry
+        for path, entry in files.items()
+        if not (path.endswith(".parquet") and (path[:-8] + ".tar" in files or path[:-8] + ".tar.gz" in files or path[:-8] in folders))
+    }
+
+
+def _archives(filesystem: fsspec.AbstractFileSystem, prefix: str, root: str, files: dict[str, dict]) -> list[Shard]:
+    shards = []
+    for path, entry in sorted(files.items()):
+        name = safe_shard_name(_ENDINGS.sub("", posixpath.relpath(path, root or ".")))
+        entry = local_info(path) if is_local(filesystem) else entry
+        shard = Shard(name, _archive_kind(path), prefix + path, root=prefix + root, size=entry.get("size") or 0, stamp=stamp(entry))
+        shards += _slices(filesystem, path, shard) if shard.kind == "parquet" and shard.size > SLICE_BYTES else [shard]
+    for shard in shards:
+        if shard.kind == "parquet":
+            _check_columns(filesystem, shard)
+            break
+    return shards
+
+
+def _check_columns(filesystem: fsspec.AbstractFileSystem, shard: Shard) -> None:
+    """Raise ValueError now when the first Parquet file has no image column; a damaged one is a matter of reading."""
+    try:
+        with filesystem.open(filesystem._strip_protocol(shard.path), "rb") as file:
+            schema = pq.read_schema(file)
+    except (OSError, pa.ArrowException):
+        return
+    image_columns(schema, shard.path)
+
+
+def _slices(filesystem: fsspec.AbstractFileSystem, path: str, shard: Shard) -> list[Shard]:
+    """A large Parquet file as spans of row groups of about SLICE_BYTES / 2, named after their first row group: a function of the file."""
+    try:
+        with filesystem.open(path, "rb") as file:
+            footer = pq.read_metadata(file)
+    except (OSError, pa.ArrowException):
+        return [shard]
+    shards, start, size = [], 0, 0
+    for group in range(footer.num_row_groups):
+        size += footer.row_group(group).total_byte_size
+        if size >= SLICE_BYTES // 2 or group + 1 == footer.num_row_groups:
+            name = safe_shard_name(f"{shard.name}-rg{start:05d}")
+            shards.append(replace(shard, name=name, row_groups=(start, group + 1), size=size))
+            start, size = group + 1, 0
+    return shards or [shard]
+
+
+def _folder(filesystem: fsspec.AbstractFileSystem, prefix: str, root: str, place: str, shard_size: int) -> list[Shard]:
+    files = _walk(place) if is_local(filesystem) else _find(filesystem, place)
+    folders = frozenset(str(parent) for file in files for parent in PurePosixPath(file).parents)
+    archives = {
+        file: entry
+        for file, entry in _without_side_tables(files, folders).items()
+        if _archive_kind(file) and posixpath.basename(file) not in _METADATA and not posixpath.basename(file).startswith("cache-")
+    }
+    images = sorted(file for file in files if _suffix(file) in IMAGE_SUFFIXES)
+    if archives and images:
+        raise ValueError(
+            f"the folder {place!r} holds {len(archives)} archives ({min(archives)}) and {len(images)} loose images ({images[0]}); "
+            f"say which you mean: a pattern such as '{place}/**/*{posixpath.splitext(min(archives))[1]}', or a subfolder"
+        )
+    if archives:
+        return _archives(filesystem, prefix, root, {f"{place}/{file}": entry for file, entry in archives.items()})
     if not images:
         endings = ", ".join(sorted(IMAGE_SUFFIXES))
-        raise ValueError(f"the folder {place!r} holds no image, tar or Parquet file ({len(files)} other files); looked for {endings}")
-    name = PurePosixPath(place).name or "images"
-    slices = [tuple(images[i : i + shard_size]) for i in range(0, len(images), shard_size)]
-    return [Shard(f"{name}-{i:05d}", "folder", prefix + place, members) for i, members in enumerate(slices)]
+        raise ValueError(
+            f"the folder {place!r} holds no image, tar, Parquet or Arrow file ({len(files)} other files); looked for {endings}"
+        )
+    captions = captions_of(filesystem, place, [file for file in files if posixpath.basename(file) in _METADATA])
+    name = (posixpath.basename(place) if place == root else posixpath.relpath(place, root)) or "images"
+    return _cut(safe_shard_name(name), prefix + place, place, images, files, captions, shard_size)
+
+
+def _cut(
+    name: str, path: str, place: str, images: list[str], files: dict[str, dict], captions: dict[str, str], shard_size: int, start: int = 0
+) -> list[Shard]:
+    """Slices of a folder's sorted images, numbered from `start`."""
+    shards = []
+    for i in range(0, len(images), shard_size):
+        members = images[i : i + shard_size]
+        beside = [tuple(suffix for suffix in TEXT_SUFFIXES if f"{posixpath.splitext(member)[0]}.{suffix}" in files) for member in members]
+        stamps = [
+            member_stamp([files[path[len(place) + 1 :]] for path in member_paths(place, member, texts)])
+            for member, texts in zip(members, beside, strict=True)
+        ]
+        shards.append(
+            Shard(
+                f"{name}-{start + i // shard_size:05d}",
+                "folder",
+                path,
+                tuple(members),
+                size=sum(files[member].get("size") or 0 for member in members),
+                stamps=tuple(stamps),
+                texts=tuple(beside) if any(beside) else (),
+                captions=tuple(captions.get(member) for member in members) if captions else (),
+            )
+        )
+    return shards
 
 
 def _suffix(path: str) -> str:
-    return PurePosixPath(path).suffix.lower().lstrip(".")
+    return posixpath.splitext(path)[1].lower().lstrip(".")
+
+
+def _walk(place: str) -> dict[str, dict]:
+    """Relative path -> entry of every file below a local folder, hidden ones left out.
+
+    Links to folders are followed, each real folder once and the real ones first: loops end, and the result does not depend on the
+    order of the disk.
+    """
+    found: dict[str, dict] = {}
+    seen, real, linked = set(), [""], []
+    while real or linked:
+        folder = real.pop() if real else linked.pop(0)
+        facts = os.stat(posixpath.join(place, folder))
+        if (facts.st_dev, facts.st_ino) in seen:
+            continue
+        seen.add((facts.st_dev, facts.st_ino))
+        with os.scandir(posixpath.join(place, folder)) as entries:
+            for entry in sorted(entries, key=lambda entry: entry.name, reverse=True):
+                if entry.name.startswith(".") or entry.name == "__MACOSX":
+                    continue
+                path = posixpath.join(folder, entry.name)
+                if entry.is_dir(follow_symlinks=False):
+                    real.append(path)
+                elif local_info(entry.path)["type"] == "directory":
+                    linked.append(path)
+                else:
+                    found[path] = local_info(entry.path)
+        if not real:
+            linked.sort()
+    return found
+
+
+def _find(filesystem: fsspec.AbstractFileSystem, place: str) -> dict[str, dict]:
+    """The same of a store, in pages of many files a request."""
+    entries = filesystem.find(place, detail=True)
+    relative = {
+        path[len(place) + 1 :]: entry for path, entry in entries.items() if entry["type"] == "file" and path.startswith(place + "/")
+    }
+    return {path: entry for path, entry in relative.items() if not re.search(r"(^|/)(\.|__MACOSX/)", path)}
+
+
+# --- RUN/shards.parquet ---
 
 
 def save_listing(shards: list[Shard], run_dir: str) -> None:
-    """Remember a source's shards in RUN/shards.json."""
-    write_json([asdict(shard) for shard in shards], f"{run_dir}/shards.json")
+    """Remember a source's shards in RUN/shards.parquet."""
+    rows = [{field.name: getattr(shard, field.name) for field in fields(Shard)} for shard in shards]
+    for row in rows:
+        row |= {name: escaped(row[name]) for name in ("path", "root")} | {"members": [escaped(member) for member in row["members"]]}
+    write_table(pa.Table.from_pylist(rows, SHARDS), f"{run_dir}/{LISTING}", "listing")
 
 
 def load_listing(run_dir: str) -> list[Shard]:
@@ -126,152 +297,72 @@ def load_listing(run_dir: str) -> list[Shard]:
     Raises:
         FileNotFoundError: the run was never annotated.
     """
-    path = f"{run_dir}/shards.json"
-    filesystem, place = fsspec.core.url_to_fs(path)
+    filesystem, place = fsspec.core.url_to_fs(f"{run_dir}/{LISTING}")
     if not filesystem.exists(place):
-        raise FileNotFoundError(f"{path} is missing; run `k2 annotate --source ... --out {run_dir}` first")
-    with filesystem.open(place) as file:
-        return [Shard(row["name"], row["kind"], row["path"], tuple(row["members"])) for row in json.load(file)]
+        raise FileNotFoundError(f"{run_dir}/{LISTING} is missing; run `k2 annotate --source ... --out {run_dir}` first")
+    with filesystem.open(place, "rb") as file:
+        rows = pq.read_table(file).to_pylist()
+    shards = []
+    for row in rows:
+        row |= {name: unescaped(row[name]) for name in ("path", "root")} | {"members": [unescaped(member) for member in row["members"]]}
+        row |= {name: tuple(row[name]) for name in ("members", "stamps", "captions")} | {"texts": tuple(map(tuple, row["texts"]))}
+        shards.append(Shard(**row | {"row_groups": tuple(row["row_groups"]) if row["row_groups"] else None}))
+    return shards
 
 
-def read_samples(shard: Shard, batch_size: int = 64) -> Iterator[pa.RecordBatch]:
-    """The samples of a shard in their order, as RecordBatches of schema.SAMPLES with `batch_size` rows.
-
-    A sample whose image cannot be read is a row with `error`. Decoding is not tried here.
+def grown(known: list[Shard], found: list[Shard], shard_size: int = 256) -> list[Shard]:
+    """The known shards, and new ones for files that were added to the source since.
 
     Raises:
-        OSError, tarfile.TarError, pa.ArrowException: the shard itself is unreadable (a failed shard, tried again).
+        SourceChangedError: a known file changed or is gone; the first few are named with their old and new size and version.
     """
-    rows: list[dict] = []
-    for row in _READERS[shard.kind](shard):
-        rows.append(row)
-        if len(rows) == batch_size:
-            yield pa.RecordBatch.from_pylist(rows, schema=SAMPLES)
-            rows = []
-    if rows:
-        yield pa.RecordBatch.from_pylist(rows, schema=SAMPLES)
+    before, now = _stamps(known), _stamps(found)
+    wrong = [f"{escaped(path)}: {old} -> {now.get(path, 'gone')}" for path, old in before.items() if now.get(path) != old]
+    if wrong:
+        raise SourceChangedError(
+            f"{len(wrong)} files of the source changed since they were listed:\n  "
+            + "\n  ".join(wrong[:5])
+            + "\nPut them back as they were, or annotate into a new --out."
+        )
+    shards, names = list(known), {shard.name for shard in known}
+    for shard in found:
+        if shard.kind != "folder":
+            if shard.path not in before:
+                name = shard.name if shard.name not in names else safe_shard_name(f"{shard.name}-{len(names):05d}")
+                shards.append(replace(shard, name=name))
+                names.add(name)
+    for path in sorted({shard.path for shard in found if shard.kind == "folder"}):
+        slices = [shard for shard in found if shard.path == path]
+        new = [(shard, i) for shard in slices for i, member in enumerate(shard.members) if f"{path}/{member}" not in before]
+        stem = slices[0].name.rpartition("-")[0]
+        number = 1 + max((int(name.rpartition("-")[2]) for name in names if name.rpartition("-")[0] == stem), default=-1)
+        for start in range(0, len(new), shard_size):
+            some = new[start : start + shard_size]
+            shards.append(_slice_of(f"{stem}-{number + start // shard_size:05d}", path, some))
+    return shards
 
 
-def fetch(shards: list[Shard], uids: Collection[str]) -> Iterator[dict]:
-    """The rows of schema.SAMPLES with these uids, in the order of the source; only shards that hold one are opened."""
-    wanted = set(uids)
+def _slice_of(name: str, path: str, members: list[tuple[Shard, int]]) -> Shard:
+    """A slice of a folder from (slice of the new listing, place in it)."""
+    return Shard(
+        name,
+        "folder",
+        path,
+        tuple(shard.members[i] for shard, i in members),
+        stamps=tuple(shard.stamps[i] for shard, i in members),
+        texts=tuple(shard.texts[i] if shard.texts else () for shard, i in members) if any(s.texts for s, _ in members) else (),
+        captions=tuple(shard.captions[i] if shard.captions else None for shard, i in members)
+        if any(s.captions for s, _ in members)
+        else (),
+    )
+
+
+def _stamps(shards: list[Shard]) -> dict[str, str]:
+    """File -> size and version, of every file of a listing."""
+    found: dict[str, str] = {}
     for shard in shards:
-        keys = {uid[len(shard.name) + 1 :] for uid in wanted if uid.startswith(shard.name + "/")}
-        if not keys:
-            continue
         if shard.kind == "folder":
-            yield from (_folder_row(shard, member) for member in shard.members if member in keys)
+            found |= {f"{shard.path}/{member}": mark for member, mark in zip(shard.members, shard.stamps, strict=True)}
         else:
-            yield from (row for row in _READERS[shard.kind](shard) if row["key"] in keys)
-
-
-def _row(shard: Shard, key: str, image: bytes | None, caption: str | None, caption_source: str, error: str | None = None) -> dict:
-    if not caption:
-        caption, caption_source = name_in_words(f"{shard.name}/{key}"), "name"
-    return {
-        "uid": f"{shard.name}/{key}",
-        "shard": shard.name,
-        "key": key,
-        "image": image,
-        "caption": caption,
-        "caption_source": caption_source,
-        "error": error,
-    }
-
-
-def name_in_words(path: str) -> str:
-    """A file's folder and name as words, the caption of last resort: 'snow_park/IMG-red fox.jpg' -> 'snow park IMG red fox'."""
-    parts = PurePosixPath(path).with_suffix("").parts[-2:]
-    return " ".join(re.sub(r"[\W_]+", " ", part).strip() for part in parts).strip()
-
-
-def _caption(texts: dict[str, bytes]) -> tuple[str | None, str]:
-    """Caption and its source from the side files of a sample, by suffix."""
-    if "txt" in texts and (text := texts["txt"].decode("utf-8", "replace").strip()):
-        return text, "txt"
-    if "json" in texts:
-        try:
-            fields = json.loads(texts["json"])
-        except ValueError:
-            return None, "name"
-        if isinstance(fields, dict):
-            for name in _CAPTION_COLUMNS:
-                if isinstance(fields.get(name), str) and fields[name].strip():
-                    return fields[name].strip(), "json"
-    return None, "name"
-
-
-def _read_tar(shard: Shard) -> Iterator[dict]:
-    """Samples of a WebDataset tar: consecutive files that share a name up to the first dot of the base name."""
-    seen: set[str] = set()
-    with fsspec.open(shard.path, "rb") as stream, tarfile.open(fileobj=stream, mode="r|*") as tar:
-        key, files = None, {}
-        for member in tar:
-            if not member.isfile():
-                continue
-            folder, _, base = member.name.rpartition("/")
-            stem, _, suffix = base.partition(".")
-            name = f"{folder}/{stem}" if folder else stem
-            if name != key:
-                yield from _tar_rows(shard, key, files, seen)
-                key, files = name, {}
-            files[suffix] = tar.extractfile(member).read()
-        yield from _tar_rows(shard, key, files, seen)
-
-
-def _tar_rows(shard: Shard, key: str | None, files: dict[str, bytes], seen: set[str]) -> Iterator[dict]:
-    """One row per image of a sample; a sample without one is a row with an error."""
-    if not files:
-        return
-    images = [suffix for suffix in files if suffix.rpartition(".")[2].lower() in IMAGE_SUFFIXES]
-    texts = {suffix.rpartition(".")[2].lower(): data for suffix, data in files.items() if suffix not in images}
-    caption, caption_source = _caption(texts)
-    for i, suffix in enumerate(images or [None]):
-        name = key if i == 0 else f"{key}.{suffix}"
-        while name in seen:  # a key that comes twice in a tar is two samples, not one lost
-            name += "~"
-        seen.add(name)
-        error = None if suffix else f"sample has no image, only {', '.join(sorted(files))}"
-        yield _row(shard, name, files[suffix] if suffix else None, caption, caption_source, error)
-
-
-def _read_folder(shard: Shard) -> Iterator[dict]:
-    return (_folder_row(shard, member) for member in shard.members)
-
-
-def _folder_row(shard: Shard, member: str) -> dict:
-    filesystem, place = fsspec.core.url_to_fs(shard.path)
-    path = f"{place}/{member}"
-    stem = path[: -len(PurePosixPath(path).suffix)]
-    texts = {suffix: filesystem.cat_file(f"{stem}.{suffix}") for suffix in ("txt", "json") if filesystem.exists(f"{stem}.{suffix}")}
-    caption, caption_source = _caption(texts)
-    try:
-        image, error = filesystem.cat_file(path), None
-    except OSError as problem:
-        image, error = None, f"{type(problem).__name__}: cannot read the file"
-    return _row(shard, member, image, caption, caption_source, error)
-
-
-def _read_parquet(shard: Shard) -> Iterator[dict]:
-    """Rows of a Parquet file; the image column holds bytes or a struct with a `bytes` field (Hugging Face)."""
-    with fsspec.open(shard.path, "rb") as stream:
-        file = pq.ParquetFile(stream)
-        names = file.schema_arrow.names
-        image_column = next((name for name in _IMAGE_COLUMNS if name in names), None)
-        if image_column is None:
-            raise ValueError(f"{shard.path} has no image column: looked for {', '.join(_IMAGE_COLUMNS)}, found {', '.join(names)}")
-        caption_column = next((name for name in _CAPTION_COLUMNS if name in names and name != image_column), None)
-        columns = [image_column] + ([caption_column] if caption_column else [])
-        position = 0
-        for batch in file.iter_batches(batch_size=64, columns=columns):
-            for row in batch.to_pylist():
-                image = row[image_column]
-                image = image.get("bytes") if isinstance(image, dict) else image
-                image = bytes(image) if isinstance(image, bytes | bytearray | memoryview) else None
-                caption = row.get(caption_column) if caption_column else None
-                error = None if image is not None else f"column {image_column} is null or holds no bytes"
-                yield _row(shard, f"{position:08d}", image, caption if isinstance(caption, str) else None, "column", error)
-                position += 1
-
-
-_READERS = {"tar": _read_tar, "folder": _read_folder, "parquet": _read_parquet}
+            found[shard.path] = shard.stamp
+    return found

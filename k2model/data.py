@@ -77,6 +77,7 @@ class Packed:
     def read(self, group: dict) -> Batch:
         """Decode one row group."""
         table = self._file(group["file"]).read_row_group(group["row_group"], columns=["uid", "image", "caption"])
+        table = table.slice(0, group["num_rows"])  # the rows after that are padding
         images = [np.asarray(Image.open(io.BytesIO(data)).convert("RGB")) for data in table["image"].to_pylist()]
         found, listed = [image.shape[:2] for image in images], [(group["bucket_height"], group["bucket_width"])] * group["num_rows"]
         if found != listed:

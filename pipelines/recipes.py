@@ -47,8 +47,9 @@ def find(name: str, recipes: dict[str, Callable[[], Any]]) -> Any:
 def basics_only() -> tuple:
     """Facts that need no model."""
     from curation.stages.basics import Basics
+    from curation.stages.provenance import Provenance
 
-    return (Basics(),)
+    return (Basics(), Provenance())
 
 
 def offline() -> tuple:
@@ -57,11 +58,12 @@ def offline() -> tuple:
     from curation.stages.basics import Basics
     from curation.stages.defects import Defects
     from curation.stages.embedding import Embedding
+    from curation.stages.provenance import Provenance
     from curation.stages.synthetic import Synthetic
     from curation.stages.text_density import TextDensity
     from curation.towers import Compact, EffNet
 
-    return (Basics(), Defects(), TextDensity(), Embedding(EffNet()), Embedding(Compact()), Synthetic(), Artifacts())
+    return (Basics(), Defects(), TextDensity(), Provenance(), Embedding(EffNet()), Embedding(Compact()), Synthetic(), Artifacts())
 
 
 def siglip() -> tuple:
@@ -69,9 +71,10 @@ def siglip() -> tuple:
     `k2 synthetic fit --tower siglip`, `k2 sae fit --tower siglip`, then a recipe file that names them."""
     from curation.stages.basics import Basics
     from curation.stages.embedding import Embedding
+    from curation.stages.provenance import Provenance
     from curation.towers import Compact, Siglip
 
-    return (Basics(), Embedding(Siglip()), Embedding(Compact()))
+    return (Basics(), Provenance(), Embedding(Siglip()), Embedding(Compact()))
 
 
 def default() -> tuple:

@@ -271,7 +271,7 @@ def add_pictures(run: str, context: dict[str, Any]) -> None:
     items += [item for group in (context["duplicates"] or {"groups": []})["groups"] for item in group]
     items += [item for key in ("missed", "wrong") for item in (context["planted"] or {}).get(key, [])]
     found: dict[str, Any] = {}
-    if Path(run, "shards.json").exists():
+    if Path(run, "shards.parquet").exists():
         found = {uid: picture(image) for uid, image in explore.thumbnails(run, {item["uid"] for item in items}, THUMBNAIL).items()}
     for item in items:
         item |= found.get(item["uid"], {"src": None})

@@ -15,6 +15,7 @@ PACKAGES = (
     "pyarrow",
     "duckdb",
     "pillow",
+    "c2pa-python",
     "numpy",
     "open_clip_torch",
     "timm",

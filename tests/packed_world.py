@@ -63,6 +63,7 @@ def row(uid: str, caption: str, pixels: np.ndarray) -> dict:
         "crop_width": width,
         "shard": shard,
         "key": key,
+        "padding": False,
     }
 
 

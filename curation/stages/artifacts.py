@@ -43,6 +43,10 @@ class Artifacts:
             object.__setattr__(self, "tower", parse_tower(metadata["tower_spec"]))
         check_identity(self.model, metadata.get("tower", "a tower that its cfg.json does not name"), self.tower.identity, "sae")
 
+    @property
+    def reads(self) -> str:
+        return self.tower.reads
+
     def describe(self) -> dict[str, Any]:
         weights = file_hash(find(self.model, sae.INFO_FILE) / sae.WEIGHTS_FILE)
         return {"class": "Artifacts", "weights": weights, "tower": describe(self.tower), "k": self.k}

@@ -23,6 +23,10 @@ class Embedding:
         return self.tower.name
 
     @property
+    def reads(self) -> str:
+        return self.tower.reads
+
+    @property
     def schema(self) -> pa.Schema:
         return embedding_schema(self.tower.dim)
 

@@ -39,6 +39,10 @@ class Synthetic:
             object.__setattr__(self, "tower", parse_tower(info["tower_spec"]))
         check_identity(self.model, info["tower"], self.tower.identity, "synthetic")
 
+    @property
+    def reads(self) -> str:
+        return self.tower.reads
+
     def describe(self) -> dict[str, Any]:
         folder = find(self.model, detector.INFO_FILE)
         return {"class": "Synthetic", "weights": file_hash(folder / detector.WEIGHTS_FILE), "tower": describe(self.tower)}

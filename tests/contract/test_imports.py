@@ -6,7 +6,21 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 OURS = ("curation", "k2model", "pipelines")
-NO_TORCH = ["schema", "sources", "shards", "decode", "annotate", "policy", "pack", "explore", "buckets", "dedup", "faults"]
+NO_TORCH = [
+    "schema",
+    "sources",
+    "shards",
+    "decode",
+    "annotate",
+    "policy",
+    "pack",
+    "pieces",
+    "shuffle",
+    "explore",
+    "buckets",
+    "dedup",
+    "faults",
+]
 
 
 def imports(path: Path) -> set[str]:

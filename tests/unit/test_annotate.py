@@ -1,5 +1,6 @@
 """annotate_shard: one row out per row in, whatever is in the shard."""
 
+import pickle
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,10 +10,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from curation import annotate
-from curation.annotate import annotate_shard, annotation_path
+from curation.annotate import annotate_shard, annotation_path, infer
+from curation.decode import decode_for
 from curation.schema import ERROR, UID, column
 from curation.sources import list_shards, read_samples
 from curation.stages.basics import Basics
+from curation.stages.embedding import Embedding
+from curation.stages.synthetic import Synthetic
+from curation.towers import Compact, EffNet
 
 
 @dataclass(frozen=True)
@@ -77,3 +82,72 @@ def test_a_score_that_is_not_finite_is_our_bug_and_fails_the_shard(tiny_tars, tm
     with pytest.raises(AssertionError, match="mean is not finite"):
         run(list_shards(str(tiny_tars)), (Brightness(offset=float("nan")),), tmp_path)
     assert not (tmp_path / "annotations").exists()
+
+
+@dataclass(frozen=True)
+class Looks:
+    """A stage of the tests that says how far its images were decoded when it saw them."""
+
+    reads: str
+    schema: ClassVar[pa.Schema] = pa.schema([UID, column("md5", pa.string(), ""), column("saw", pa.string(), "lengths"), ERROR])
+
+    @property
+    def name(self):
+        return f"looks_{self.reads}"
+
+    def load(self, device):
+        return lambda batch: {
+            "saw": [f"{len(batch.encoded)} {len(batch.views)} {len(batch.images)} {len(batch.headers)}"] * len(batch.uids)
+        }
+
+
+def looks_of(run_dir, shard, reads):
+    return pq.read_table(annotation_path(str(run_dir), f"looks_{reads}", shard.name)).to_pylist()
+
+
+def test_a_stage_that_reads_bytes_also_sees_images_that_do_not_decode(tiny_folder, tmp_path):
+    shards = list_shards(str(tiny_folder))
+    run(shards, (Looks("bytes"), Looks("pixels")), tmp_path)
+    (shard,) = shards
+    by_bytes, by_pixels = looks_of(tmp_path, shard, "bytes"), looks_of(tmp_path, shard, "pixels")
+    assert [row["error"] for row in by_bytes] == [None] * 23 and {row["saw"] for row in by_bytes} == {"23 0 0 0"}
+    assert sum(row["error"] is not None for row in by_pixels) == 3 and {row["saw"] for row in by_pixels} == {"20 20 20 20", None}
+    assert [row["md5"] for row in by_bytes] == [row["md5"] for row in by_pixels]
+
+
+def test_images_are_decoded_once_and_no_further_than_the_greediest_missing_stage_asks(tiny_folder, tmp_path):
+    asked = []
+
+    def decode(encoded, reads, limits):
+        asked.append(reads)
+        return decode_for(encoded, reads, limits)
+
+    def go(*stages):
+        functions = {stage: stage.load("cpu") for stage in stages}
+        annotate_shard(list_shards(str(tiny_folder))[0], stages, functions, str(tmp_path), decode=decode)
+
+    go(Looks("bytes"))
+    assert asked == []
+    go(Looks("bytes"), Looks("view"))
+    assert asked == ["view"] * 23
+    go(Looks("view"), Looks("pixels"), Brightness())
+    assert asked == ["view"] * 23 + ["pixels"] * 23
+
+
+def test_towers_in_another_process_write_the_same_bytes_from_small_arrays_alone(tiny_folder, tmp_path):
+    """`ask` as a cluster does it: what goes over is pickled, and the other side has never seen the images."""
+    shards, stages = list_shards(str(tiny_folder)), (Basics(), Embedding(EffNet()), Synthetic(), Embedding(Compact()))
+    run(shards, stages, tmp_path / "one")
+    far = {stage: stage.load("cpu") for stage in stages[1:]}
+    sizes = []
+
+    def ask(inputs):
+        message = pickle.dumps(inputs, protocol=5)
+        sizes.append((len(inputs.uids), len(message)))
+        return lambda: infer(far, pickle.loads(message))
+
+    for shard in shards:
+        annotate_shard(shard, stages, {Basics(): Basics().load("cpu")}, str(tmp_path / "two"), ask=ask)
+    assert sizes == [(20, pytest.approx(20 * (260 * 260 * 3 + 4 * Compact.dim), rel=0.01))]
+    one, two = ({p.relative_to(d): p.read_bytes() for p in d.rglob("*.parquet")} for d in (tmp_path / "one", tmp_path / "two"))
+    assert len(one) == 4 and one == two

@@ -68,7 +68,7 @@ def test_a_changed_source_is_refused_with_the_shard_that_differs(tmp_path, tiny_
 
 def test_a_dry_run_writes_nothing(tmp_path, tiny_folder, capsys):
     assert annotate(str(tiny_folder), str(tmp_path / "run"), "basics", dry_run=True) == 0
-    assert json.loads(capsys.readouterr().out) == {"shards": 1, "missing": 1, "stages": ["basics"]}
+    assert json.loads(capsys.readouterr().out) == {"shards": 1, "missing": 1, "stages": ["basics", "provenance"]}
     assert not (tmp_path / "run").exists()
 
 

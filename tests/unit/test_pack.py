@@ -2,33 +2,33 @@
 
 import io
 import json
+import shutil
+from collections import Counter
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import encode, photographs
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from PIL import Image
+from conftest import encode, photographs, tar_of
+from PIL import Image, ImageCms
 
+from curation import pieces, shards
 from curation.buckets import place
-from curation.pack import Packing, crop_and_resize, plan
 from curation.schema import PACKED, SELECTION
 from curation.shards import write_json, write_table
 from curation.sources import list_shards, save_listing
 from pipelines import pack as verb
 
-PACKING = Packing("p", "0", 32, 4, seed=0)
-
 
 def selection_of(folder: Path, names: dict[str, tuple[int, int]], resolution: int = 32) -> pa.Table:
     """A selection of these files (name -> height, width) of a folder source."""
-    shards = {member: shard.name for shard in list_shards(str(folder), 5) for member in shard.members}
+    owner = {member: shard.name for shard in list_shards(str(folder), 5) for member in shard.members}
     placed = place(*zip(*names.values(), strict=True), resolution)
     columns = {name: pa.array(values, pa.int32()) for name, values in placed._asdict().items()}
-    facts = {"uid": [f"{shards[n]}/{n}" for n in names], "shard": [shards[n] for n in names], "key": list(names)}
+    facts = {"uid": [f"{owner[n]}/{n}" for n in names], "shard": [owner[n] for n in names], "key": list(names)}
     return pa.table(facts | columns).select(SELECTION.names).cast(SELECTION)
 
 
@@ -39,7 +39,7 @@ def run(tmp_path) -> Path:
     folder.mkdir()
     names = {}
     for i, picture in enumerate(photographs(14, 80)):
-        picture = picture[:, :60] if i % 3 == 0 else picture
+        picture = picture[:, :20] if i % 3 == 0 else picture
         (folder / f"{i:02d}.png").write_bytes(encode(picture, "PNG"))
         names[f"{i:02d}.png"] = picture.shape[:2]
     save_listing(list_shards(str(folder), 5), str(tmp_path))
@@ -49,7 +49,19 @@ def run(tmp_path) -> Path:
 
 
 def packed_rows(run: Path) -> list[dict]:
-    return [row for file in sorted((run / "packed/p").glob("*.parquet")) for row in pq.read_table(file).to_pylist()]
+    """Every row that is not padding."""
+    rows = [row for file in sorted((run / "packed/p").glob("*.parquet")) for row in pq.read_table(file).to_pylist()]
+    return [row for row in rows if not row["padding"]]
+
+
+def packed_bytes(run: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (run / "packed/p").glob("*") if path.is_file() and path.name != "run.json"}
+
+
+def choose(run: Path, numbers: list[int]) -> None:
+    """Write the selection of these pictures of the fixture."""
+    names = {f"{i:02d}.png": (80, 20) if i % 3 == 0 else (80, 80) for i in numbers}
+    write_table(selection_of(run / "pictures", names), run / "selection/p.parquet", "made")
 
 
 def test_every_chosen_image_is_packed_once_and_a_row_group_is_a_batch_of_one_bucket(run):
@@ -61,8 +73,10 @@ def test_every_chosen_image_is_packed_once_and_a_row_group_is_a_batch_of_one_buc
     for i, batch in enumerate(content["batches"]):
         rows = file.read_row_group(i).to_pylist()
         shapes = {Image.open(io.BytesIO(row["image"])).size[::-1] for row in rows}
-        assert shapes == {(batch["bucket_height"], batch["bucket_width"])} and len(rows) == batch["num_rows"] <= 4
+        assert shapes == {(batch["bucket_height"], batch["bucket_width"])} and len(rows) == 4
+        assert [row["padding"] for row in rows] == [j >= batch["num_rows"] for j in range(4)]
     assert sorted(row["key"] for row in packed_rows(run)) == [f"{i:02d}.png" for i in range(14)]
+    assert content["num_chosen"] == content["num_rows"] == 14 and content["errors"] == content["remainder"] == []
     assert not (run / "packed/p/.pieces").exists()
 
 
@@ -76,26 +90,158 @@ def test_packing_again_does_nothing_and_another_seed_is_refused(run, capsys):
     assert (run / "packed/p/00000.parquet").read_bytes() == before
 
 
-def test_a_packing_that_was_stopped_between_shards_ends_in_the_same_bytes(run, tmp_path, monkeypatch):
-    assert verb.pack(str(run), "p", 4, ray="off") == 0
-    whole = (run / "packed/p/00000.parquet").read_bytes()
-    for path in (run / "packed/p").glob("*"):
-        path.unlink()
-    made = []
+def stop_after(monkeypatch, count: int) -> None:
+    """Let the verb write `count` more files of any kind, pieces and packed shards, and then be interrupted."""
+    left = [count]
 
-    def stops_after_two(shard, *rest, make_piece=verb.make_piece):
-        if len(made) == 2:
+    @contextmanager
+    def stops(path, whole_file=shards.whole_file):
+        if left[0] == 0:
             raise KeyboardInterrupt
-        made.append(shard.name)
-        return make_piece(shard, *rest)
+        left[0] -= 1
+        with whole_file(path) as file:
+            yield file
 
-    monkeypatch.setattr(verb, "make_piece", stops_after_two)
-    with pytest.raises(KeyboardInterrupt):
-        verb.pack(str(run), "p", 4, ray="off")
-    assert not (run / "packed/p/dataset.json").exists()
-    monkeypatch.undo()
+    for module in (shards, pieces):
+        monkeypatch.setattr(module, "whole_file", stops)
+
+
+def test_a_packing_that_was_stopped_anywhere_does_only_what_is_missing_and_ends_in_the_same_bytes(run, monkeypatch):
+    monkeypatch.setattr(verb, "Packing", partial(verb.Packing, batches_per_file=2))
     assert verb.pack(str(run), "p", 4, ray="off") == 0
-    assert (run / "packed/p/00000.parquet").read_bytes() == whole
+    whole = packed_bytes(run)
+    assert len(whole) == 4, "three packed shards and dataset.json"
+    shutil.rmtree(run / "packed")
+    stops, decoded = 0, []
+    monkeypatch.setattr(pieces, "cut", lambda *image, cut=pieces.cut: decoded.append(image) or cut(*image))
+    while not (run / "packed/p/dataset.json").exists():
+        with monkeypatch.context() as context:
+            stop_after(context, 3)  # a piece is two files, the second in the order of the draws
+            try:
+                verb.pack(str(run), "p", 4, ray="off")
+            except KeyboardInterrupt:
+                stops += 1
+    assert stops >= 2 and packed_bytes(run) == whole
+    assert len(decoded) < 14 + 5 * stops, "of the images that were decoded, at most one shard was lost in each stop"
+
+
+@pytest.mark.parametrize("remainder", ["pad", "short", "drop"])
+def test_nothing_is_lost_silently_whatever_is_done_with_the_remainder(run, capsys, remainder):
+    assert verb.pack(str(run), "p", 4, remainder=remainder, ray="off") == 0
+    content = json.loads((run / "packed/p/dataset.json").read_text())
+    packed = [row["uid"] for row in packed_rows(run)]
+    chosen = pq.read_table(run / "selection/p.parquet")["uid"].to_pylist()
+    assert sorted(packed + content["remainder"]) == sorted(chosen), "5 strips and 9 squares, in batches of 4"
+    assert len(content["remainder"]) == (2 if remainder == "drop" else 0)
+    file = pq.ParquetFile(run / "packed/p/00000.parquet")
+    lengths = sorted(file.metadata.row_group(i).num_rows for i in range(file.num_row_groups))
+    assert lengths == {"pad": [4] * 5, "short": [1, 1, 4, 4, 4], "drop": [4] * 3}[remainder]
+    said = json.loads(capsys.readouterr().out)
+    assert said["num_chosen"] == said["num_rows"] + said["not_packed"] + said["remainder"] == 14
+
+
+def test_an_unknown_remainder_is_refused(run, capsys):
+    assert verb.main(["--run", str(run), "--policy", "p", "--remainder", "lose"]) == 2
+    assert "--remainder 'lose': choose from pad, short, drop" in capsys.readouterr().err
+
+
+def test_a_dry_run_says_what_the_run_then_does_and_writes_nothing(run, capsys):
+    assert verb.pack(str(run), "p", 4, ray="off", dry_run=True) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert not (run / "packed").exists()
+    verb.pack(str(run), "p", 4, ray="off")
+    done = json.loads((run / "packed/p/dataset.json").read_text())
+    assert said.pop("bytes") > 0
+    assert said == {
+        "num_chosen": 14,
+        "num_batches": done["num_batches"],
+        "batches": dict(sorted(Counter(f"{b['bucket_height']}x{b['bucket_width']}" for b in done["batches"]).items())),
+        "num_padding": done["num_padding"],
+        "num_remainder": 0,
+    }
+
+
+def test_packing_again_after_a_small_change_decodes_only_the_new_images_and_equals_packing_from_nothing(run, capsys, monkeypatch):
+    decoded = []
+    monkeypatch.setattr(pieces, "cut", lambda encoded, chosen, cut=pieces.cut: decoded.append(chosen["key"]) or cut(encoded, chosen))
+    choose(run, [i for i in range(14) if i not in (5, 8)])
+    assert verb.pack(str(run), "p", 4, ray="off", keep_pieces=True) == 0
+    assert len(decoded) == 12
+    decoded.clear()
+    choose(run, [i for i in range(14) if i not in (2, 8)])
+    with pytest.raises(ValueError, match="Or give --repack"):
+        verb.pack(str(run), "p", 4, ray="off")
+    assert verb.pack(str(run), "p", 4, ray="off", repack=True, keep_pieces=True) == 0
+    assert decoded == ["05.png"]
+    said = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (said["images_now"], said["reused"]) == (1, 7), "of the two shards that changed"
+    again = packed_bytes(run)
+    shutil.rmtree(run / "packed")
+    assert verb.pack(str(run), "p", 4, ray="off") == 0
+    assert packed_bytes(run) == again
+
+
+def test_another_seed_or_batch_size_decodes_nothing_again(run, monkeypatch):
+    assert verb.pack(str(run), "p", 4, ray="off", keep_pieces=True) == 0
+    monkeypatch.setattr(pieces, "cut", lambda *image: pytest.fail("decoded again"))
+    assert verb.pack(str(run), "p", 3, seed=7, ray="off", repack=True, keep_pieces=True) == 0
+    monkeypatch.undo()
+    again = packed_bytes(run)
+    shutil.rmtree(run / "packed")
+    assert verb.pack(str(run), "p", 3, seed=7, ray="off") == 0
+    assert packed_bytes(run) == again
+
+
+@pytest.mark.ray
+def test_the_bytes_do_not_depend_on_who_packs(run, ray_cluster):
+    assert verb.pack(str(run), "p", 4, ray="off") == 0
+    alone = packed_bytes(run)
+    for workers in (1, 2):
+        shutil.rmtree(run / "packed")
+        assert verb.pack(str(run), "p", 4, workers=workers) == 0
+        assert packed_bytes(run) == alone
+
+
+def test_captions_and_images_of_the_buckets_size_come_out_byte_for_byte(tmp_path):
+    """A tar with captions that are easy to spoil, JPEGs that are packed as they are, and those that may not be."""
+    square = photographs(1, 32)[0]
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    images = {
+        "plain": encode(square, quality=40),
+        "progressive": encode(square, quality=60, progressive=True, subsampling=2),
+        "turned": encode(square, quality=90, exif=exif),
+        "profile": encode(square, quality=90, icc_profile=profile),
+        "grey": encode(square[..., 0], quality=90),
+        "png": encode(square, "PNG"),
+        "larger": encode(photographs(1, 64)[0]),
+    }
+    captions = [
+        "tabs\tand  two spaces",
+        "Привет, 世界 🎨",
+        '"; DROP TABLE x; --',
+        "<b>&amp;</b>\\n",
+        "line\none",
+        "e\u0301 is not é",
+        "a\u200bb\ufeff",
+    ]
+    texts = dict(zip(images, captions, strict=True))
+    suffix = {name: "png" if name == "png" else "jpg" for name in images}
+    files = [entry for name in images for entry in ((f"{name}.{suffix[name]}", images[name]), (f"{name}.txt", texts[name].encode()))]
+    (tmp_path / "source").mkdir()
+    tar_of(files, tmp_path / "source/a.tar")
+    save_listing(list_shards(str(tmp_path / "source")), str(tmp_path))
+    sizes = [64 if name == "larger" else 32 for name in images]
+    columns = {name: pa.array(values, pa.int32()) for name, values in place(sizes, sizes, 32)._asdict().items()}
+    facts = {"uid": [f"a/{name}" for name in images], "shard": ["a"] * len(images), "key": list(images)}
+    write_table(pa.table(facts | columns).select(SELECTION.names).cast(SELECTION), tmp_path / "selection/p.parquet", "made")
+    write_json({"resolution": 32}, tmp_path / "selection/p.funnel.json")
+    assert verb.pack(str(tmp_path), "p", 4, ray="off") == 0
+    rows = {row["key"]: row for row in packed_rows(tmp_path)}
+    assert {name: row["caption"] for name, row in rows.items()} == texts
+    assert {name for name, row in rows.items() if row["image"] == images[name]} == {"plain", "progressive"}
+    assert all(Image.open(io.BytesIO(row["image"])).size == (32, 32) for row in rows.values())
 
 
 def test_an_image_that_broke_after_it_was_chosen_is_named_and_the_others_are_packed(run, capsys):
@@ -116,35 +262,3 @@ def test_an_image_that_became_smaller_after_it_was_chosen_is_named_too(run, caps
 def test_a_missing_selection_says_which_command_makes_it(run):
     with pytest.raises(ValueError, match="k2 filter"):
         verb.pack(str(run), "q")
-
-
-def test_the_crop_is_what_is_resized():
-    picture = np.zeros((64, 64, 3), np.uint8)
-    picture[16:48, 16:48] = (200, 40, 90)
-    chosen = {"uid": "x", "crop_top": 16, "crop_left": 16, "crop_height": 32, "crop_width": 32, "bucket_height": 16, "bucket_width": 16}
-    assert np.abs(np.asarray(Image.open(io.BytesIO(crop_and_resize(picture, chosen)))).astype(int) - (200, 40, 90)).max() <= 3
-
-
-UIDS = st.lists(st.tuples(st.integers(0, 999), st.sampled_from([(32, 32), (32, 48), (48, 32)])), unique_by=lambda x: x[0], max_size=40)
-
-
-@given(UIDS, st.integers(1, 7), st.integers(0, 3), st.randoms(use_true_random=False))
-@settings(max_examples=100, deadline=None)
-def test_the_plan_holds_every_image_once_in_batches_of_one_bucket_whatever_the_order_of_rows(rows, batch_size, seed, random):
-    packing = Packing("p", "0", 32, batch_size, seed, batches_per_file=3)
-    schema = pa.schema([SELECTION.field(name) for name in ("uid", "bucket_height", "bucket_width")])
-    table = pa.Table.from_pylist([{"uid": str(u), "bucket_height": b[0], "bucket_width": b[1]} for u, b in rows], schema)
-    files = plan(table, packing)
-    batches = [batch for file in files for batch in file]
-    assert sorted(uid for batch in batches for uid in batch) == sorted(str(u) for u, _ in rows)
-    bucket = {str(u): b for u, b in rows}
-    assert all(len({bucket[uid] for uid in batch}) == 1 and len(batch) <= batch_size for batch in batches)
-    assert all(len(file) == 3 for file in files[:-1])
-    order = list(range(len(rows)))
-    random.shuffle(order)
-    assert plan(table.take(pa.array(order, pa.int64())), packing) == files
-
-
-def test_another_seed_gives_another_order():
-    table = pa.table({"uid": [str(i) for i in range(40)], "bucket_height": [32] * 40, "bucket_width": [32] * 40})
-    assert plan(table, PACKING) != plan(table, Packing("p", "0", 32, 4, seed=1))

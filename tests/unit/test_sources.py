@@ -2,7 +2,6 @@
 
 import io
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -43,7 +42,7 @@ def test_a_key_that_comes_twice_in_a_tar_loses_no_image(tmp_path):
     pictures = [encode(p) for p in photographs(3, 32)]
     path = tar_of([("a.jpg", pictures[0]), ("b.jpg", pictures[1]), ("a.jpg", pictures[2])], tmp_path / "x.tar")
     rows = rows_of(list_shards(str(path)))
-    assert [row["uid"] for row in rows] == ["x/a", "x/b", "x/a~"]
+    assert [row["uid"] for row in rows] == ["x/a", "x/b", "x/a~2"]
     assert [row["image"] for row in rows] == pictures
 
 
@@ -85,12 +84,6 @@ def test_an_unknown_source_an_empty_folder_and_a_stranger_are_clear_errors(tmp_p
     for source, message in (("nowhere/*.tar", "matches nothing"), ("empty", "holds no image"), ("note.txt", "neither .tar")):
         with pytest.raises(ValueError, match=message):
             list_shards(str(tmp_path / source))
-
-
-def test_an_unreadable_tar_fails_as_a_shard(tmp_path):
-    (tmp_path / "bad.tar").write_bytes(np.random.default_rng(0).bytes(2000))
-    with pytest.raises(Exception, match=r"header|tar|file"):
-        rows_of(list_shards(str(tmp_path / "bad.tar")))
 
 
 def test_samples_of_a_memory_filesystem_are_read_through_fsspec():

@@ -11,7 +11,7 @@ from curation.decode import ImageBatch
 from curation.schema import embedding_schema
 from curation.shards import describe, fingerprint
 from curation.stages.embedding import Embedding, to_bytes
-from curation.towers import Compact, EffNet, Embeddings, Siglip, available, effnet_classifier, effnet_pixels, embed, loaded
+from curation.towers import Compact, EffNet, Embeddings, Siglip, available, effnet_classifier, effnet_square, embed, loaded
 
 OFFLINE = [EffNet(), Compact()]
 photographs = [skimage.data.chelsea(), skimage.data.coffee(), skimage.data.astronaut()]
@@ -20,6 +20,10 @@ odd = [
     np.full((2, 700, 3), 255, np.uint8),
     np.random.default_rng(0).integers(0, 256, (700, 3, 3), dtype=np.uint8),
 ]
+
+
+def effnet_pixels(image):
+    return (torch.from_numpy(np.array(effnet_square(image))).float().permute(2, 0, 1) - 127) / 128
 
 
 def batch_of(images):
