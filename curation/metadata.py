@@ -220,7 +220,8 @@ def _jxl(encoded: bytes, blocks: Blocks) -> bool:
         size, kind = struct.unpack_from(">I4s", encoded, position)
         end = position + size if size else len(encoded)
         if kind == b"Exif":
-            blocks.add_exif(encoded[position + 12 : min(end, position + BLOCK_BYTES)])  # 4 bytes of offset, 0 in practice
+            for skip in (12, 8):  # 4 bytes of offset come first, which some writers leave out
+                blocks.add_exif(encoded[position + skip : min(end, position + BLOCK_BYTES)])
         elif kind == b"xml ":
             blocks.add_xmp(encoded[position + 8 : min(end, position + BLOCK_BYTES)])
         elif kind == b"jumb":
