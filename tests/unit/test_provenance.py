@@ -169,6 +169,7 @@ def test_text_after_the_pixels_is_read_too():
         {"Description": "Steps: 20 of the old stair, Berlin"},
         {"workflow": '{"steps": ["scan", "crop"]}', "prompt": "say cheese"},
         {"Title": "The Ideogram: signs of old Egypt", "Source": "imagen digital"},
+        {"Title": "How Stable Diffusion works", "Software": "Made with Google AI Studio"},
         {"AIGC": '{"Label":"2","ContentProducer":"a platform"}'},  # somebody's guess: aigc_label has it, a policy may use it
     ],
 )
@@ -226,6 +227,7 @@ def test_the_credit_of_iptc_iim_is_read_from_photoshop_resources():
     image = encode(PHOTO)
     row = found(image[:2] + b"\xff\xed" + (len(segment) + 2).to_bytes(2, "big") + segment + image[2:])
     assert (row["credit"], row["declared_by"], row["evidence"]) == (credit.decode(), "credit", "iptc:credit")
+    assert not found(encode(PHOTO, xmp=xmp('photoshop:Credit="OpenAI"')))["declared_ai"]
 
 
 MIMES = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp", "AVIF": "image/avif", "TIFF": "image/tiff", "GIF": "image/gif"}
