@@ -235,8 +235,8 @@ def main(images: Path, peers: Path | None = None, small: int = 300, large: int =
             }
             for peer, script in PEERS.items():
                 if peer not in missing:
-                    (work / f"{peer}.py").write_text(script)
-                    commands[peer] = [str(peers / peer / "bin" / "python"), str(work / f"{peer}.py")]
+                    (work / f"bench_{peer}.py").write_text(script)
+                    commands[peer] = [str(peers / peer / "bin" / "python"), str(work / f"bench_{peer}.py")]
             net: dict[str, list[float]] = {contender: [] for contender in commands}
             measured: dict[str, list[float]] = {}
             for _ in range(rounds):

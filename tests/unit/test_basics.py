@@ -133,3 +133,9 @@ def test_tiny_and_thin_images_have_finite_facts(shape):
 
 def test_the_stage_names_its_table():
     assert Basics().name == "basics" and "phash_mirror" in Basics().schema.names
+
+
+def test_a_flat_picture_sets_one_bit_and_every_other_half_of_them():
+    ones = lambda pixels: int(np.unpackbits(np.frombuffer(facts(pixels)["phash"], np.uint8)).sum())  # noqa: E731
+    assert ones(np.full((600, 700, 3), 99, np.uint8)) == 1  # curation.dedup tells flat pictures by this
+    assert {ones(pixels) for pixels in PICTURES} == {72}
