@@ -130,10 +130,12 @@ def parts(folder: str) -> None:
     import time
 
     import cv2
+    import numpy as np
     import simplejpeg
     from PIL import Image
 
     from curation.decode import VIEW_SIDE, view_factor
+    from curation.stages.basics import _BINS, _SUM, SAMPLE_SIDE
 
     files = [path.read_bytes() for path in sorted(Path(folder).iterdir())]
     cost: dict[str, float] = {}
@@ -149,17 +151,17 @@ def parts(folder: str) -> None:
         factor = view_factor(width, height)
         return simplejpeg.decode_jpeg(content, "RGB", min_height=-(-height // factor), min_width=-(-width // factor))
 
-    def shrunk(view):
-        scale = VIEW_SIDE / min(view.shape[:2])
-        size = (round(view.shape[1] * scale), round(view.shape[0] * scale))
-        return cv2.resize(view, size, interpolation=cv2.INTER_LINEAR) if scale < 1 else view
+    def shrunk(view, side: int, how: int):
+        scale = side / min(view.shape[:2])
+        return cv2.resize(view, (round(view.shape[1] * scale), round(view.shape[0] * scale)), interpolation=how) if scale < 1 else view
 
-    def halved(luma):
-        return cv2.resize(luma, (luma.shape[1] // 2, luma.shape[0] // 2), interpolation=cv2.INTER_AREA)
+    def quartered(luma):
+        half = cv2.resize(luma, (luma.shape[1] // 2, luma.shape[0] // 2), interpolation=cv2.INTER_AREA)
+        return cv2.resize(half, (half.shape[1] // 2, half.shape[0] // 2), interpolation=cv2.INTER_AREA)
 
-    def sampled(view):
-        scale = 128 / min(view.shape[:2])
-        return cv2.resize(view, (round(view.shape[1] * scale), round(view.shape[0] * scale)), interpolation=cv2.INTER_NEAREST)
+    def colors(sample):
+        bins = cv2.transform(cv2.LUT(cv2.cvtColor(sample, cv2.COLOR_RGB2HSV_FULL), _BINS), _SUM)
+        return cv2.calcHist([bins], [0], cv2.inRange(cv2.cvtColor(sample, cv2.COLOR_RGB2GRAY), 32, 255), [24], [0, 24])
 
     cv2.setNumThreads(1)
     batch = 16  # as many pixels at a time as `annotate` holds, so that caches are as warm
@@ -167,17 +169,18 @@ def parts(folder: str) -> None:
         content = files[at : at + batch]
         timed("md5", lambda c: hashlib.md5(c, usedforsecurity=False).digest(), content)
         views = timed("scaled JPEG decode", decoded, content)
-        pixels = timed("resize to 512", shrunk, views)
+        pixels = timed("resize to 512", lambda v: shrunk(v, VIEW_SIDE, cv2.INTER_LINEAR), views)
         lumas = timed("grey", lambda v: cv2.cvtColor(v, cv2.COLOR_RGB2GRAY), pixels)
         whole = timed("grey of the view", lambda v: cv2.cvtColor(v, cv2.COLOR_RGB2GRAY), views) if views[0] is not pixels[0] else lumas
-        halves = timed("phash: halve", halved, whole)
-        timed("phash: Lanczos to 48", lambda v: Image.fromarray(v).resize((48, 48), Image.Resampling.LANCZOS), halves)
-        samples = timed("colorhash: sample", sampled, views)
-        timed("colorhash: HSV", lambda v: (cv2.cvtColor(v, cv2.COLOR_RGB2HSV_FULL), cv2.cvtColor(v, cv2.COLOR_RGB2GRAY)), samples)
-        timed("histograms", lambda v: [cv2.calcHist([v], [c], None, [256], [0, 256]) for c in range(3)], pixels)
+        small = timed("phash: means", quartered, whole)
+        timed("phash: Lanczos to 48", lambda v: Image.fromarray(v).resize((48, 48), Image.Resampling.LANCZOS), small)
+        samples = timed("sample", lambda v: shrunk(v, SAMPLE_SIDE, cv2.INTER_NEAREST), views)
+        timed("colorhash: bins", colors, samples)
+        timed("histograms", lambda v: [cv2.calcHist([v], [c], None, [256], [0, 256]) for c in range(3)], samples)
+        timed("white and black", lambda v: (white(v), black(v)), samples)
         edges = timed("Laplacian", lambda v: cv2.Laplacian(v, cv2.CV_16S, ksize=1, borderType=cv2.BORDER_REFLECT), lumas)
-        timed("variance", cv2.meanStdDev, edges)
-        timed("white and black", lambda v: (white(v), black(v)), pixels)
+        timed("mean square", lambda v: cv2.norm(v, cv2.NORM_L2SQR), edges)
+        timed("border: sort", lambda v: [np.sort(line) for line in (v[0], v[-1], v[:, 0], v[:, -1])], lumas)
         timed("JPEG encode", lambda v: simplejpeg.encode_jpeg(v, 75, "RGB", "420"), pixels)
     print(json.dumps({name: 1000 * seconds / len(files) for name, seconds in cost.items()}))
 
@@ -247,6 +250,7 @@ def main(images: Path, peers: Path | None = None, small: int = 300, large: int =
                             more = [str(source), "--out", out] if contender == "k2" else [str(source)]
                             seconds.append(run([*command, *more])[0])
                     net[contender].append(1000 * (seconds[1] - seconds[0]) / rest)
+                    print(f"{name} {contender}: {net[contender][-1]:.2f} ms per image", file=sys.stderr, flush=True)
                 for part, cost in json.loads(run([sys.executable, "-c", PARTS.format(root=root), str(folder)])[1]).items():
                     measured.setdefault(part, []).append(cost)
             median = {contender: statistics.median(values) for contender, values in net.items()}

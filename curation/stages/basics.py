@@ -119,7 +119,8 @@ def phashes(luma: np.ndarray) -> tuple[bytes, bytes]:
         factor *= 2
     if factor > 1:
         luma = cv2.copyMakeBorder(luma, 0, -height % factor, 0, -width % factor, cv2.BORDER_REPLICATE)
-        luma = cv2.resize(luma, (luma.shape[1] // factor, luma.shape[0] // factor), interpolation=cv2.INTER_AREA)
+    for _ in range(factor.bit_length() - 1):  # by halves, for which OpenCV has vector code
+        luma = cv2.resize(luma, (luma.shape[1] // 2, luma.shape[0] // 2), interpolation=cv2.INTER_AREA)
     box = (0, 0, width / factor, height / factor)
     small = np.asarray(Image.fromarray(luma).resize((side, side), Image.Resampling.LANCZOS, box), np.float64)
     low = _cosines() @ small @ _cosines().T
