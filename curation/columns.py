@@ -3,6 +3,7 @@
 import json
 import posixpath
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -76,11 +77,12 @@ def parquet_samples(
         file = pq.ParquetFile(source, buffer_size=_BUFFER)
         schema = file.schema_arrow
     wanted = _wanted_columns(schema, path)
+    order = None if positions is None else sorted(positions)
     position = 0
     first, last = row_groups or (0, file.num_row_groups)
     for group in range(last):
         size = file.metadata.row_group(group).num_rows
-        inside = group >= first and (positions is None or any(position <= place < position + size for place in positions))
+        inside = group >= first and (order is None or bisect_left(order, position) < bisect_left(order, position + size))
         batches = file.iter_batches(_BATCH, row_groups=[group], columns=wanted) if inside else iter(())
         start = position
         while True:

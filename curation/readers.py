@@ -14,12 +14,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import fsspec
 import pyarrow as pa
 
 from curation import columns, tar
 from curation.decode import LIMITS
-from curation.files import check, contents, infos, is_local, stamp
+from curation.files import check, contents, infos, is_local, place_of, stamp
 from curation.names import LOST, escaped, name_in_words, safe_key, webdataset_key
 from curation.schema import SAMPLES
 
@@ -129,7 +128,7 @@ def read_rows(shard: Shard, wanted: set[str] | None = None) -> Iterator[dict]:
 @contextmanager
 def opened(shard: Shard) -> Iterator[tar.Source]:
     """The file of a shard, compared with the listing."""
-    filesystem, place = fsspec.core.url_to_fs(shard.path)
+    filesystem, place = place_of(shard.path)
     check(shard.path, shard.stamp, stamp(infos(filesystem, [place])[0]))
     with filesystem.open(place, "rb", **({} if is_local(filesystem) else _REMOTE)) as file:
         yield tar.Source(file)
@@ -236,7 +235,7 @@ def member_paths(place: str, member: str, texts: tuple[str, ...]) -> list[str]:
 
 
 def _folder_samples(shard: Shard, wanted: set[str] | None) -> Iterator[Sample]:
-    filesystem, place = fsspec.core.url_to_fs(shard.path)
+    filesystem, place = place_of(shard.path)
     place = place.rstrip("/")
     chosen = [i for i, member in enumerate(shard.members) if wanted is None or safe_key(member) in wanted]
     for start in range(0, len(chosen), 16):
@@ -289,8 +288,8 @@ def _table_samples(shard: Shard, wanted: set[str] | None) -> Iterator[Sample]:
 
 def _inside(shard: Shard, paths: list[str]) -> list[tuple[bytes | None, str | None]]:
     """(bytes, error) of the files that a table names, relative to it; none outside of the source's root is opened."""
-    filesystem, place = fsspec.core.url_to_fs(shard.path)
-    root = fsspec.core.url_to_fs(shard.root or posixpath.dirname(shard.path))[1].rstrip("/")
+    filesystem, place = place_of(shard.path)
+    root = place_of(shard.root or posixpath.dirname(shard.path))[1].rstrip("/")
     errors: list[str | None] = []
     places: list[str] = []
     for path in paths:

