@@ -163,7 +163,7 @@ def _tar_samples(shard: Shard, wanted: set[str] | None) -> Iterator[Sample]:
     with opened(shard) as source:
         key: str | None = None
         files: dict[str, tuple[bytes | None, str | None]] = {}
-        lost = None
+        size, lost = 0, None
         try:
             for member in tar.members(source):
                 if member.kind == "directory" or _META.match(member.name):
@@ -175,9 +175,10 @@ def _tar_samples(shard: Shard, wanted: set[str] | None) -> Iterator[Sample]:
                     continue
                 if name != key or suffix in files:
                     yield from _tar_sample(key, files)
-                    key, files = name, {}
+                    key, files, size = name, {}, 0
                 files[suffix] = (None, "the tar is cut inside this file")  # until it is read
-                files[suffix] = _content(member, suffix, files) if bases is None or safe_key(name) in bases else (None, None)
+                files[suffix] = _content(member, suffix, size) if bases is None or safe_key(name) in bases else (None, None)
+                size += len(files[suffix][0] or b"")
         except tar.Damage as problem:
             lost = str(problem)
         yield from _tar_sample(key, files)
@@ -192,15 +193,15 @@ def _bases(key: str) -> Iterator[str]:
         yield webdataset_key(name)[0] or name
 
 
-def _content(member: tar.Member, suffix: str, files: dict) -> tuple[bytes | None, str | None]:
-    """(bytes, error) of one file of a sample; what is neither image nor text is not read."""
+def _content(member: tar.Member, suffix: str, size: int) -> tuple[bytes | None, str | None]:
+    """(bytes, error) of one file of a sample of which `size` bytes are read; what is neither image nor text is not read."""
     ending = suffix.rpartition(".")[2]
     if ending not in IMAGE_SUFFIXES and ending not in TEXT_SUFFIXES:
         return None, None
     limit = LIMITS.max_bytes if ending in IMAGE_SUFFIXES else MAX_TEXT
     if member.size > limit:
         return None, f"file of {member.size} bytes is over the limit of {limit}"
-    if sum(len(data or b"") for data, _ in files.values()) + member.size > MAX_SAMPLE:
+    if size + member.size > MAX_SAMPLE:
         return None, f"the images of this sample are over the limit of {MAX_SAMPLE} bytes together"
     return member.read(), None
 
@@ -277,7 +278,7 @@ def _leads_out(path: str, place: str) -> bool:
 
 def _table_samples(shard: Shard, wanted: set[str] | None) -> Iterator[Sample]:
     read = columns.parquet_samples if shard.kind == "parquet" else columns.arrow_samples
-    positions = None if wanted is None else {int(digits[0]) for key in wanted if (digits := re.match("[0-9]+", key))}
+    positions = None if wanted is None else {int(digits[0]) for key in wanted if (digits := re.match("[0-9]{1,18}", key))}
     with opened(shard) as source:
         try:
             for values in read(source, shard.path, shard.row_groups, positions, lambda paths: _inside(shard, paths)):

@@ -66,6 +66,11 @@ def test_odd_files_are_rows_with_an_error_and_nothing_hangs(tmp_path):
     with open(tmp_path / "huge.jpg", "wb") as file:
         file.truncate(5 << 30)
     os.mkfifo(tmp_path / "good.txt")
+    (tmp_path / "other").mkdir()
+    os.mkfifo(tmp_path / "other" / "pipe.tar")
+    with pytest.raises(ValueError, match=r"pipe.tar is not a regular file"):
+        list_shards(str(tmp_path / "other" / "*.tar"))
+    (tmp_path / "other" / "pipe.tar").unlink()
     (tmp_path / "good.jpg").write_bytes(PICTURES[2])
     rows = {row["key"]: (row["image"], row["error"]) for row in rows_of(tmp_path)}
     assert rows == {

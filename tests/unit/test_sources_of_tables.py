@@ -227,6 +227,13 @@ def test_a_folder_of_tars_and_loose_images_asks_which_are_meant(tmp_path):
     assert len(rows_of(f"{tmp_path}/**/*.tar")) == 1
 
 
+def test_a_named_folder_and_a_named_tar_are_both_read_and_folders_between_files_are_not(tmp_path):
+    in_split_folders(tmp_path)
+    tar_of([("a.jpg", PICTURES[0])], tmp_path / "x.tar")
+    assert [shard.name for shard in list_shards([str(tmp_path / "x.tar"), tmp_path / "train"])] == ["train-00000", "x"]
+    assert [shard.name for shard in list_shards(f"{tmp_path}/*")] == ["x"]
+
+
 def test_a_metadata_file_that_cannot_be_read_is_named(tmp_path):
     in_split_folders(tmp_path)
     for content in ('{"file_name": ', "[" * 100_000):
