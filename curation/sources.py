@@ -124,13 +124,17 @@ def _archive_kind(path: str) -> str | None:
     return next((kind for kind, endings in _KINDS.items() if path.endswith(endings)), None)
 
 
-def _without_side_tables(files: dict[str, Any], folders: frozenset[str] = frozenset()) -> dict[str, Any]:
-    """Leave out img2dataset's tables beside its tars or folders (00000.parquet beside 00000.tar or 00000/): their images are there."""
-    return {
-        path: entry
-        for path, entry in files.items()
-        if not (path.endswith(".parquet") and (path[:-8] + ".tar" in files or path[:-8] + ".tar.gz" in files or path[:-8] in folders))
-    }
+def _without_side_tables(files: dict[str, Any]) -> dict[str, Any]:
+    """Leave out the tables that img2dataset writes beside its tars or folders (00000.parquet beside 00000.tar or 00000/), also where
+    no download of a shard succeeded and only the table and 00000_stats.json are there: the images lie elsewhere."""
+    folders = {str(parent) for file in files for parent in PurePosixPath(file).parents}
+    others = any(_archive_kind(file) == "tar" or _suffix(file) in IMAGE_SUFFIXES for file in files)
+
+    def is_side_table(path: str) -> bool:
+        stem = path.removesuffix(".parquet")
+        return stem != path and (f"{stem}.tar" in files or stem in folders or (others and f"{stem}_stats.json" in files))
+
+    return {path: entry for path, entry in files.items() if not is_side_table(path)}
 
 
 def _archives(filesystem: fsspec.AbstractFileSystem, prefix: str, root: str, files: dict[str, dict]) -> list[Shard]:
@@ -178,10 +182,9 @@ def _slices(filesystem: fsspec.AbstractFileSystem, path: str, shard: Shard) -> l
 
 def _folder(filesystem: fsspec.AbstractFileSystem, prefix: str, root: str, place: str, shard_size: int) -> list[Shard]:
     files = _walk(place) if is_local(filesystem) else _find(filesystem, place)
-    folders = frozenset(str(parent) for file in files for parent in PurePosixPath(file).parents)
     archives = {
         file: entry
-        for file, entry in _without_side_tables(files, folders).items()
+        for file, entry in _without_side_tables(files).items()
         if _archive_kind(file) and posixpath.basename(file) not in _METADATA and not posixpath.basename(file).startswith("cache-")
     }
     images = sorted(file for file in files if _suffix(file) in IMAGE_SUFFIXES)

@@ -114,6 +114,9 @@ def in_img2dataset_files(folder):
     in_a_folder(folder / "00000")
     pq.write_table(pa.table({"url": ["http://x"] * 6, "key": ["1"] * 6, "status": ["success"] * 6}), folder / "00000.parquet")
     (folder / "00000_stats.json").write_text("{}")
+    # No download of this shard succeeded.
+    pq.write_table(pa.table({"url": ["http://x"], "key": ["1"], "status": ["failed_to_download"]}), folder / "00001.parquet")
+    (folder / "00001_stats.json").write_text("{}")
 
 
 def in_img2dataset_parquet(folder):
