@@ -76,6 +76,7 @@ def parquet_samples(
     with source.damage("not a Parquet file, or cut"):
         file = pq.ParquetFile(source, buffer_size=_BUFFER)
         schema = file.schema_arrow
+        assert schema.names is not None  # read here, where a name that is no UTF-8 is damage
     wanted = _wanted_columns(schema, path)
     order = None if positions is None else sorted(positions)
     position = 0
@@ -114,6 +115,7 @@ def arrow_samples(
             file = pa.ipc.open_stream(source)
             batches = iter(file)
         schema = file.schema
+        assert schema.names is not None
     wanted = _wanted_columns(schema, path)
     position = 0
     while True:

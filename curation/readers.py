@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from curation import columns, tar
 from curation.decode import LIMITS
-from curation.files import check, contents, infos, is_local, place_of, stamp
+from curation.files import SourceChangedError, check, contents, infos, is_local, place_of, stamp
 from curation.names import LOST, escaped, name_in_words, safe_key, webdataset_key
 from curation.schema import SAMPLES
 
@@ -86,7 +86,11 @@ def _batch(rows: list[dict]) -> pa.RecordBatch:
 
 def fetch(shards: list[Shard], uids: Collection[str]) -> Iterator[dict]:
     """The rows of schema.SAMPLES with these uids, in the order of the source; only shards that hold one are opened, and only the
-    wanted images are read from them."""
+    wanted images are read from them. An image of a folder that is not the one that was listed is a row with `error`.
+
+    Raises:
+        As `read_samples`.
+    """
     keys: dict[str, set[str]] = {}
     for uid in uids:
         name, _, key = uid.partition("/")
@@ -245,9 +249,14 @@ def _folder_samples(shard: Shard, wanted: set[str] | None) -> Iterator[Sample]:
         paths = [member_paths(place, shard.members[i], suffixes) for i, suffixes in zip(some, texts, strict=True)]
         everything = [path for group in paths for path in group]
         found = dict(zip(everything, infos(filesystem, everything), strict=True))
+        changed: dict[int, str] = {}
         for i, group in zip(some, paths, strict=True):
-            if shard.stamps:
-                check(group[0], shard.stamps[i], member_stamp([found[path] for path in group]))
+            try:
+                check(group[0], shard.stamps[i] if shard.stamps else "", member_stamp([found[path] for path in group]))
+            except SourceChangedError as problem:
+                if wanted is None:
+                    raise
+                changed[i] = str(problem)  # of a few images that are wanted back, one that changed must not take the others along
         first, beside = [group[0] for group in paths], [path for group in paths for path in group[1:]]
         images = contents(filesystem, first, [found[path] for path in first], LIMITS.max_bytes)
         sides = iter(contents(filesystem, beside, [found[path] for path in beside], MAX_TEXT))
@@ -260,6 +269,8 @@ def _folder_samples(shard: Shard, wanted: set[str] | None) -> Iterator[Sample]:
             caption, source = caption_of({suffix: data for suffix, (data, _) in given.items() if data})
             if caption is None and shard.captions and shard.captions[i]:
                 caption, source = shard.captions[i], "metadata"
+            if i in changed:
+                image, error = None, changed[i]
             yield Sample(shard.members[i], image, caption, source, error or trouble)
 
 

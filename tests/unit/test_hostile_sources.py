@@ -186,5 +186,17 @@ def test_arrow_offsets_that_point_anywhere_are_damage(tmp_path):
     offsets = [b"".join(value.to_bytes(4, "little") for value in (0, 5, end)) for end in (11, 1_000_000)]
     assert data.count(offsets[0]) == 1
     (tmp_path / "x.arrow").write_bytes(data.replace(*offsets))
-    (row,) = rows_of(tmp_path)
+    (row,) = rows_of(tmp_path / "x.arrow")
     assert row["key"] == "~lost" and "row 0 and after cannot be read" in row["error"]
+
+
+def test_an_arrow_file_that_lies_about_a_length_or_names_a_column_in_no_utf8_is_damage(tmp_path):
+    batch = pa.RecordBatch.from_pydict({"image": [b"hello", b"worlds"], "status": ["a", "b"]})
+    with pa.ipc.new_stream(str(tmp_path / "x.arrow"), batch.schema) as writer:
+        writer.write_batch(batch)
+    data = (tmp_path / "x.arrow").read_bytes()
+    lie = data[:4] + (0x7FFFFFF0).to_bytes(4, "little") + data[8:]
+    for broken in (lie, data.replace(b"status", b"stat\xfcs")):
+        (tmp_path / "x.arrow").write_bytes(broken)
+        (row,) = rows_of(tmp_path / "x.arrow")
+        assert row["key"] == "~lost" and row["error"].startswith("rows after this one are lost: not an Arrow file, or cut")

@@ -298,5 +298,7 @@ def test_a_folder_that_grows_keeps_its_slices_and_a_changed_image_or_caption_is_
     (source / "3.txt").write_text("other words")
     with pytest.raises(SourceChangedError, match=r"3\.jpg changed .*bytes"):
         list(read_samples(shards[0]))
+    found = {row["key"]: (row["image"], row["error"]) for row in fetch(shards, [f"pics-00000/{i}.jpg" for i in (2, 3)])}
+    assert found["2.jpg"] == (PICTURES[2], None) and found["3.jpg"][0] is None and "changed since it was listed" in found["3.jpg"][1]
     with pytest.raises(SourceChangedError, match=r"1 files .*"):
         source_shards(str(source), run, 4, relist=True)
