@@ -221,13 +221,13 @@ def _tar_sample(key: str | None, files: dict[str, tuple[bytes | None, str | None
         ending = suffix.rpartition(".")[2]
         if ending in TEXT_SUFFIXES and (ending not in texts or suffix == ending):
             texts[ending] = data or b""
-            trouble = f"{suffix}: {error}" if error else trouble
+            trouble = f"{escaped(suffix)}: {error}" if error else trouble
     caption, source = caption_of(texts)
     for i, suffix in enumerate(images):
         data, error = files[suffix]
         yield Sample(key if i == 0 else f"{key}.{suffix}", data, caption, source, error or trouble)
     if not images:
-        yield Sample(key, None, caption, source, f"sample has no image, only {', '.join(sorted(files))[:200]}")
+        yield Sample(key, None, caption, source, f"sample has no image, only {escaped(', '.join(sorted(files))[:200])}")
 
 
 # --- folders ---

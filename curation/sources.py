@@ -158,7 +158,8 @@ def _check_columns(filesystem: fsspec.AbstractFileSystem, shard: Shard) -> None:
     try:
         with filesystem.open(filesystem._strip_protocol(shard.path), "rb") as file:
             schema = pq.read_schema(file)
-    except (OSError, pa.ArrowException):
+        assert schema.names is not None  # a name that is no UTF-8 shows here
+    except (OSError, ValueError, pa.ArrowException):
         return
     image_columns(schema, shard.path)
 
@@ -168,7 +169,7 @@ def _slices(filesystem: fsspec.AbstractFileSystem, path: str, shard: Shard) -> l
     try:
         with filesystem.open(path, "rb") as file:
             footer = pq.read_metadata(file)
-    except (OSError, pa.ArrowException):
+    except (OSError, ValueError, pa.ArrowException):
         return [shard]
     shards, start, size = [], 0, 0
     for group in range(footer.num_row_groups):

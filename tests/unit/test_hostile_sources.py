@@ -200,3 +200,14 @@ def test_an_arrow_file_that_lies_about_a_length_or_names_a_column_in_no_utf8_is_
         (tmp_path / "x.arrow").write_bytes(broken)
         (row,) = rows_of(tmp_path / "x.arrow")
         assert row["key"] == "~lost" and row["error"].startswith("rows after this one are lost: not an Arrow file, or cut")
+
+
+def test_text_that_is_no_utf8_in_a_table_is_damage_and_a_suffix_that_is_none_is_told(tmp_path):
+    table = pa.table({"image": [b"a", b"b"], "text": ["words", "other"]})
+    pq.write_table(table, tmp_path / "x.parquet", compression="none", use_dictionary=False, write_statistics=False)
+    data = (tmp_path / "x.parquet").read_bytes()
+    assert data.count(b"other") == 1
+    (tmp_path / "x.parquet").write_bytes(data.replace(b"other", b"oth\xffr"))
+    assert rows_of(tmp_path / "x.parquet")[-1]["error"].startswith("rows after this one are lost: row 0 and after cannot be read: Unicode")
+    tar_of([("a.jp\udcb9", b"x")], tmp_path / "x.tar")
+    assert rows_of(tmp_path / "x.tar")[0]["error"] == "sample has no image, only jp\\xb9"
