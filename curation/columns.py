@@ -3,6 +3,7 @@
 import json
 import posixpath
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -75,20 +76,24 @@ def parquet_samples(
     with source.damage("not a Parquet file, or cut"):
         file = pq.ParquetFile(source, buffer_size=_BUFFER)
         schema = file.schema_arrow
-    wanted = _wanted_columns(schema, path)
+        assert schema.names is not None  # read here, where a name that is no UTF-8 is damage
+    wanted_images = image_columns(schema, path)
+    wanted = [*wanted_images, *_other_columns(schema, wanted_images)]
+    order = None if positions is None else sorted(positions)
     position = 0
     first, last = row_groups or (0, file.num_row_groups)
     for group in range(last):
         size = file.metadata.row_group(group).num_rows
-        inside = group >= first and (positions is None or any(position <= place < position + size for place in positions))
+        inside = group >= first and (order is None or bisect_left(order, position) < bisect_left(order, position + size))
         batches = file.iter_batches(_BATCH, row_groups=[group], columns=wanted) if inside else iter(())
         start = position
         while True:
             with source.damage(f"row {start} and after cannot be read"):
                 batch = next(batches, None)
-            if batch is None:
-                break
-            yield from _batch_samples(batch, path, start, positions, open_paths)
+                if batch is None:
+                    break
+                numbers, values = _values(batch, start, positions)
+            yield from _batch_samples(numbers, values, wanted_images, open_paths)
             start += len(batch)
         position += size
 
@@ -112,7 +117,9 @@ def arrow_samples(
             file = pa.ipc.open_stream(source)
             batches = iter(file)
         schema = file.schema
-    wanted = _wanted_columns(schema, path)
+        assert schema.names is not None
+    wanted_images = image_columns(schema, path)
+    wanted = [*wanted_images, *_other_columns(schema, wanted_images)]
     position = 0
     while True:
         with source.damage(f"row {position} and after cannot be read"):
@@ -122,37 +129,40 @@ def arrow_samples(
             batch = batch.select(wanted)
             batch.validate(full=True)  # offsets in a file of someone else's may point anywhere
         for start in range(0, len(batch), _BATCH):
-            yield from _batch_samples(batch.slice(start, _BATCH), path, position + start, positions, open_paths)
+            with source.damage(f"row {position + start} and after cannot be read"):
+                numbers, values = _values(batch.slice(start, _BATCH), position + start, positions)
+            yield from _batch_samples(numbers, values, wanted_images, open_paths)
         position += len(batch)
 
 
-def _wanted_columns(schema: pa.Schema, path: str) -> list[str]:
-    images = image_columns(schema, path)
+def _other_columns(schema: pa.Schema, images: list[str]) -> list[str]:
     captions = [name for name in CAPTION_FIELDS if name in schema.names and name not in images and _is_text(schema.field(name).type)][:1]
     # img2dataset keeps the rows that it could not download, and says why.
     reasons = [name for name in ("status", "error_message") if name in schema.names and _is_text(schema.field(name).type)]
-    return [*images, *captions, *(name for name in reasons if name not in images)]
+    return [*captions, *(name for name in reasons if name not in images)]
 
 
-def _batch_samples(batch: pa.RecordBatch, path: str, start: int, positions: set[int] | None, open_paths: Open) -> Iterator[Values]:
-    """One sample per row and image column; the key is the row's number, with the column for all but the first."""
+def _values(batch: pa.RecordBatch, start: int, positions: set[int] | None) -> tuple[list[int], dict[str, list]]:
+    """(numbers of the wanted rows in the file, column -> their values). Raises ValueError for text that is no UTF-8."""
+    numbers = list(range(start, start + len(batch)))
     if positions is not None:
-        chosen = [i for i in range(len(batch)) if start + i in positions]
-        batch = batch.take(pa.array(chosen, pa.int64()))
-    else:
-        chosen = list(range(len(batch)))
-    images = [name for name in image_columns(batch.schema, path) if name in batch.schema.names]
-    values = {name: batch.column(name).to_pylist() for name in batch.schema.names}
-    cells = [(row, name, _bytes_and_path(values[name][row])) for row in range(len(chosen)) for name in images]
+        numbers = [number for number in numbers if number in positions]
+        batch = batch.take(pa.array([number - start for number in numbers], pa.int64()))
+    return numbers, {name: batch.column(name).to_pylist() for name in batch.schema.names}
+
+
+def _batch_samples(numbers: list[int], values: dict[str, list], images: list[str], open_paths: Open) -> Iterator[Values]:
+    """One sample per row and image column; the key is the row's number, with the column for all but the first."""
+    nothing = [None] * len(numbers)
+    cells = [(row, name, _bytes_and_path(values[name][row])) for row in range(len(numbers)) for name in images]
     opened = iter(open_paths([file for _, _, (data, file) in cells if data is None and file is not None]))
     for row, name, (data, file) in cells:
         error = None
         if data is None:
             data, error = next(opened) if file is not None else (None, f"column {name} is null or holds no bytes")
-            if file is None and isinstance(values.get("status", [None] * len(chosen))[row], str):
-                reason = values.get("error_message", [None] * len(chosen))[row]
-                error = f"{values['status'][row]}: {reason}"[:500]
-        key = f"{start + chosen[row]:08d}" + ("" if name == images[0] else f".{name}")
+            if file is None and (status := values.get("status", nothing)[row]) is not None:
+                error = f"{status}: {values.get('error_message', nothing)[row]}"[:500]
+        key = f"{numbers[row]:08d}" + ("" if name == images[0] else f".{name}")
         yield key, data, caption_of({field: values[field][row] for field in values if field not in images}), "column", error
 
 

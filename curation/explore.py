@@ -8,7 +8,8 @@ import io
 import json
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from curation.faults import FAULTS
 from curation.judged import COMPARE, FAILS, funnel, judge, short
 from curation.plots import number
 from curation.shards import read_fingerprint
-from curation.sources import fetch, load_listing
+from curation.sources import SourceChangedError, fetch, load_listing
 
 # --- what is in a run folder ---
 
@@ -225,7 +226,7 @@ def planted(run: str, policy: str) -> dict[str, list[dict[str, Any]]]:
 def thumbnails(run: str, uids: Collection[str], size: int = 224) -> dict[str, Image.Image]:
     """RGB pictures of at most `size` pixels a side, from the source; an image that is broken or gone is left out."""
     found = {}
-    for row in fetch(load_listing(run), uids):
+    for row in _there(run, uids):
         try:
             pixels, _ = decode(row["image"])
         except DecodeError:
@@ -234,6 +235,15 @@ def thumbnails(run: str, uids: Collection[str], size: int = 224) -> dict[str, Im
         picture.thumbnail((size, size), Image.Resampling.LANCZOS, reducing_gap=3.0)
         found[row["uid"]] = picture
     return found
+
+
+def _there(run: str, uids: Collection[str]) -> Iterator[dict]:
+    """The rows of these samples, as far as their shards are still there and unchanged."""
+    names = {uid.partition("/")[0] for uid in uids}
+    for shard in load_listing(run):
+        if shard.name in names:
+            with suppress(OSError, SourceChangedError):
+                yield from fetch([shard], uids)
 
 
 def contact_sheet(images: Sequence[Image.Image], labels: Sequence[str] = (), columns: int = 6, size: int = 160) -> Image.Image:

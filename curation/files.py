@@ -7,12 +7,22 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
 from curation.names import escaped
 
 
 class SourceChangedError(ValueError):
     """A file is not the one that was listed; the text names it with its old and new size and version."""
+
+
+def place_of(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """(filesystem, place on it) of a local path or URL. A local name may hold :: or :, which fsspec would take for a chain of URLs.
+
+    Raises:
+        ImportError, ValueError: fsspec knows no such filesystem, or its package is missing.
+    """
+    return fsspec.core.url_to_fs(path) if "://" in path else (LocalFileSystem(), os.path.abspath(os.path.expanduser(path)))
 
 
 def stamp(info: dict[str, Any]) -> str:

@@ -80,6 +80,7 @@ def _slice_of(name: str, path: str, members: list[tuple[Shard, int]]) -> Shard:
         "folder",
         path,
         tuple(shard.members[i] for shard, i in members),
+        size=sum(int(shard.stamps[i].split()[0]) for shard, i in members if shard.stamps[i][0].isdigit()),
         stamps=tuple(shard.stamps[i] for shard, i in members),
         texts=tuple(shard.texts[i] if shard.texts else () for shard, i in members) if any(s.texts for s, _ in members) else (),
         captions=tuple(shard.captions[i] if shard.captions else None for shard, i in members)

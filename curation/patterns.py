@@ -1,5 +1,6 @@
 """What `--source` may say: paths, fsspec URLs, shell patterns, braces, and @file lists of those."""
 
+import os
 import posixpath
 import re
 from collections.abc import Iterator, Sequence
@@ -8,6 +9,8 @@ from itertools import pairwise
 from typing import Any
 
 import fsspec
+
+from curation.files import place_of
 
 MAX_PATTERNS = 1_000_000  # paths that braces may make
 _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub", "az": "adlfs", "abfs": "adlfs"}
@@ -22,7 +25,7 @@ def filesystem_of(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """
     scheme = path.partition("://")[0] if "://" in path else "file"
     try:
-        return fsspec.core.url_to_fs(path)
+        return place_of(path)
     except ImportError as problem:
         package = _PACKAGES.get(scheme, scheme)
         raise ValueError(f"--source {path!r} needs the package {package}: pip install {package}") from problem
@@ -39,7 +42,7 @@ def expand(source: str | Sequence[str]) -> list[str]:
         ValueError: a list cannot be read or names another list; braces make more than MAX_PATTERNS paths.
     """
     found = []
-    for entry in [source] if isinstance(source, str) else source:
+    for entry in map(str, [source] if isinstance(source, str | os.PathLike) else source):
         for pattern in _list_of(entry[1:]) if entry.startswith("@") else [entry]:
             found += braces(pattern)
             if len(found) > MAX_PATTERNS:

@@ -14,12 +14,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import fsspec
 import pyarrow as pa
 
 from curation import columns, tar
 from curation.decode import LIMITS
-from curation.files import check, contents, infos, is_local, stamp
+from curation.files import SourceChangedError, check, contents, infos, is_local, place_of, stamp
 from curation.names import LOST, escaped, name_in_words, safe_key, webdataset_key
 from curation.schema import SAMPLES
 
@@ -87,7 +86,11 @@ def _batch(rows: list[dict]) -> pa.RecordBatch:
 
 def fetch(shards: list[Shard], uids: Collection[str]) -> Iterator[dict]:
     """The rows of schema.SAMPLES with these uids, in the order of the source; only shards that hold one are opened, and only the
-    wanted images are read from them."""
+    wanted images are read from them. An image of a folder that is not the one that was listed is a row with `error`.
+
+    Raises:
+        As `read_samples`.
+    """
     keys: dict[str, set[str]] = {}
     for uid in uids:
         name, _, key = uid.partition("/")
@@ -129,7 +132,7 @@ def read_rows(shard: Shard, wanted: set[str] | None = None) -> Iterator[dict]:
 @contextmanager
 def opened(shard: Shard) -> Iterator[tar.Source]:
     """The file of a shard, compared with the listing."""
-    filesystem, place = fsspec.core.url_to_fs(shard.path)
+    filesystem, place = place_of(shard.path)
     check(shard.path, shard.stamp, stamp(infos(filesystem, [place])[0]))
     with filesystem.open(place, "rb", **({} if is_local(filesystem) else _REMOTE)) as file:
         yield tar.Source(file)
@@ -164,7 +167,7 @@ def _tar_samples(shard: Shard, wanted: set[str] | None) -> Iterator[Sample]:
     with opened(shard) as source:
         key: str | None = None
         files: dict[str, tuple[bytes | None, str | None]] = {}
-        lost = None
+        size, lost = 0, None
         try:
             for member in tar.members(source):
                 if member.kind == "directory" or _META.match(member.name):
@@ -176,9 +179,10 @@ def _tar_samples(shard: Shard, wanted: set[str] | None) -> Iterator[Sample]:
                     continue
                 if name != key or suffix in files:
                     yield from _tar_sample(key, files)
-                    key, files = name, {}
+                    key, files, size = name, {}, 0
                 files[suffix] = (None, "the tar is cut inside this file")  # until it is read
-                files[suffix] = _content(member, suffix, files) if bases is None or safe_key(name) in bases else (None, None)
+                files[suffix] = _content(member, suffix, size) if bases is None or safe_key(name) in bases else (None, None)
+                size += len(files[suffix][0] or b"")
         except tar.Damage as problem:
             lost = str(problem)
         yield from _tar_sample(key, files)
@@ -193,15 +197,15 @@ def _bases(key: str) -> Iterator[str]:
         yield webdataset_key(name)[0] or name
 
 
-def _content(member: tar.Member, suffix: str, files: dict) -> tuple[bytes | None, str | None]:
-    """(bytes, error) of one file of a sample; what is neither image nor text is not read."""
+def _content(member: tar.Member, suffix: str, size: int) -> tuple[bytes | None, str | None]:
+    """(bytes, error) of one file of a sample of which `size` bytes are read; what is neither image nor text is not read."""
     ending = suffix.rpartition(".")[2]
     if ending not in IMAGE_SUFFIXES and ending not in TEXT_SUFFIXES:
         return None, None
     limit = LIMITS.max_bytes if ending in IMAGE_SUFFIXES else MAX_TEXT
     if member.size > limit:
         return None, f"file of {member.size} bytes is over the limit of {limit}"
-    if sum(len(data or b"") for data, _ in files.values()) + member.size > MAX_SAMPLE:
+    if size + member.size > MAX_SAMPLE:
         return None, f"the images of this sample are over the limit of {MAX_SAMPLE} bytes together"
     return member.read(), None
 
@@ -217,13 +221,13 @@ def _tar_sample(key: str | None, files: dict[str, tuple[bytes | None, str | None
         ending = suffix.rpartition(".")[2]
         if ending in TEXT_SUFFIXES and (ending not in texts or suffix == ending):
             texts[ending] = data or b""
-            trouble = f"{suffix}: {error}" if error else trouble
+            trouble = f"{escaped(suffix)}: {error}" if error else trouble
     caption, source = caption_of(texts)
     for i, suffix in enumerate(images):
         data, error = files[suffix]
         yield Sample(key if i == 0 else f"{key}.{suffix}", data, caption, source, error or trouble)
     if not images:
-        yield Sample(key, None, caption, source, f"sample has no image, only {', '.join(sorted(files))[:200]}")
+        yield Sample(key, None, caption, source, f"sample has no image, only {escaped(', '.join(sorted(files))[:200])}")
 
 
 # --- folders ---
@@ -236,7 +240,7 @@ def member_paths(place: str, member: str, texts: tuple[str, ...]) -> list[str]:
 
 
 def _folder_samples(shard: Shard, wanted: set[str] | None) -> Iterator[Sample]:
-    filesystem, place = fsspec.core.url_to_fs(shard.path)
+    filesystem, place = place_of(shard.path)
     place = place.rstrip("/")
     chosen = [i for i, member in enumerate(shard.members) if wanted is None or safe_key(member) in wanted]
     for start in range(0, len(chosen), 16):
@@ -245,9 +249,14 @@ def _folder_samples(shard: Shard, wanted: set[str] | None) -> Iterator[Sample]:
         paths = [member_paths(place, shard.members[i], suffixes) for i, suffixes in zip(some, texts, strict=True)]
         everything = [path for group in paths for path in group]
         found = dict(zip(everything, infos(filesystem, everything), strict=True))
+        changed: dict[int, str] = {}
         for i, group in zip(some, paths, strict=True):
-            if shard.stamps:
-                check(group[0], shard.stamps[i], member_stamp([found[path] for path in group]))
+            try:
+                check(group[0], shard.stamps[i] if shard.stamps else "", member_stamp([found[path] for path in group]))
+            except SourceChangedError as problem:
+                if wanted is None:
+                    raise
+                changed[i] = str(problem)  # of a few images that are wanted back, one that changed must not take the others along
         first, beside = [group[0] for group in paths], [path for group in paths for path in group[1:]]
         images = contents(filesystem, first, [found[path] for path in first], LIMITS.max_bytes)
         sides = iter(contents(filesystem, beside, [found[path] for path in beside], MAX_TEXT))
@@ -260,6 +269,8 @@ def _folder_samples(shard: Shard, wanted: set[str] | None) -> Iterator[Sample]:
             caption, source = caption_of({suffix: data for suffix, (data, _) in given.items() if data})
             if caption is None and shard.captions and shard.captions[i]:
                 caption, source = shard.captions[i], "metadata"
+            if i in changed:
+                image, error = None, changed[i]
             yield Sample(shard.members[i], image, caption, source, error or trouble)
 
 
@@ -278,7 +289,7 @@ def _leads_out(path: str, place: str) -> bool:
 
 def _table_samples(shard: Shard, wanted: set[str] | None) -> Iterator[Sample]:
     read = columns.parquet_samples if shard.kind == "parquet" else columns.arrow_samples
-    positions = None if wanted is None else {int(digits[0]) for key in wanted if (digits := re.match("[0-9]+", key))}
+    positions = None if wanted is None else {int(digits[0]) for key in wanted if (digits := re.match("[0-9]{1,18}", key))}
     with opened(shard) as source:
         try:
             for values in read(source, shard.path, shard.row_groups, positions, lambda paths: _inside(shard, paths)):
@@ -289,8 +300,8 @@ def _table_samples(shard: Shard, wanted: set[str] | None) -> Iterator[Sample]:
 
 def _inside(shard: Shard, paths: list[str]) -> list[tuple[bytes | None, str | None]]:
     """(bytes, error) of the files that a table names, relative to it; none outside of the source's root is opened."""
-    filesystem, place = fsspec.core.url_to_fs(shard.path)
-    root = fsspec.core.url_to_fs(shard.root or posixpath.dirname(shard.path))[1].rstrip("/")
+    filesystem, place = place_of(shard.path)
+    root = place_of(shard.root or posixpath.dirname(shard.path))[1].rstrip("/")
     errors: list[str | None] = []
     places: list[str] = []
     for path in paths:

@@ -4,6 +4,7 @@ A shard is the unit of work, retry and resume. A source is listed once; RUN/shar
 and version of every file, so that a source that changed is noticed. `curation.readers` reads the samples of a shard.
 """
 
+import heapq
 import os
 import posixpath
 import re
@@ -20,7 +21,7 @@ from curation.columns import image_columns
 from curation.files import SourceChangedError, is_local, local_info, stamp
 from curation.imagefolder import captions_of
 from curation.listing import LISTING, grown, load_listing, save_listing
-from curation.names import name_in_words, safe_shard_name
+from curation.names import escaped, name_in_words, safe_shard_name
 from curation.patterns import expand, filesystem_of, fixed_part, resolve
 from curation.readers import IMAGE_SUFFIXES, TEXT_SUFFIXES, Shard, fetch, member_paths, member_stamp, read_rows, read_samples
 
@@ -98,7 +99,9 @@ def _list(source: Any, filesystem: fsspec.AbstractFileSystem, prefix: str, place
     today: a source that grows keeps its names."""
     found = resolve(filesystem, places)
     files = {place: entry for place, entry in found.items() if entry["type"] != "directory"}
-    folders = sorted(place for place, entry in found.items() if entry["type"] == "directory")
+    named = {place.rstrip("/") for place in places}
+    # A pattern that matches files means the files, not the folders between them; a folder that is named is meant.
+    folders = sorted(place for place, entry in found.items() if entry["type"] == "directory" and (not files or place in named))
     if strangers := [place for place in files if not _archive_kind(place)]:
         raise ValueError(
             f"--source {source!r} matches {strangers[0]!r}, which is neither .tar (.gz, .zst, .bz2, .xz), .parquet nor .arrow; "
@@ -107,7 +110,7 @@ def _list(source: Any, filesystem: fsspec.AbstractFileSystem, prefix: str, place
     single = len(folders) == 1 and not files
     root = folders[0] if single else _common([fixed_part(place) for place in places])
     shards = _archives(filesystem, prefix, root, _without_side_tables(files))
-    for folder in [] if files else folders:
+    for folder in folders:
         shards += _folder(filesystem, prefix, root, folder.rstrip("/"), shard_size)
     return shards
 
@@ -121,13 +124,17 @@ def _archive_kind(path: str) -> str | None:
     return next((kind for kind, endings in _KINDS.items() if path.endswith(endings)), None)
 
 
-def _without_side_tables(files: dict[str, Any], folders: frozenset[str] = frozenset()) -> dict[str, Any]:
-    """Leave out img2dataset's tables beside its tars or folders (00000.parquet beside 00000.tar or 00000/): their images are there."""
-    return {
-        path: entry
-        for path, entry in files.items()
-        if not (path.endswith(".parquet") and (path[:-8] + ".tar" in files or path[:-8] + ".tar.gz" in files or path[:-8] in folders))
-    }
+def _without_side_tables(files: dict[str, Any]) -> dict[str, Any]:
+    """Leave out the tables that img2dataset writes beside its tars or folders (00000.parquet beside 00000.tar or 00000/), also where
+    no download of a shard succeeded and only the table and 00000_stats.json are there: the images lie elsewhere."""
+    folders = {str(parent) for file in files for parent in PurePosixPath(file).parents}
+    others = any(_archive_kind(file) == "tar" or _suffix(file) in IMAGE_SUFFIXES for file in files)
+
+    def is_side_table(path: str) -> bool:
+        stem = path.removesuffix(".parquet")
+        return stem != path and (f"{stem}.tar" in files or stem in folders or (others and f"{stem}_stats.json" in files))
+
+    return {path: entry for path, entry in files.items() if not is_side_table(path)}
 
 
 def _archives(filesystem: fsspec.AbstractFileSystem, prefix: str, root: str, files: dict[str, dict]) -> list[Shard]:
@@ -135,6 +142,8 @@ def _archives(filesystem: fsspec.AbstractFileSystem, prefix: str, root: str, fil
     for path, entry in sorted(files.items()):
         name = safe_shard_name(_ENDINGS.sub("", posixpath.relpath(path, root or ".")))
         entry = local_info(path) if is_local(filesystem) else entry
+        if entry["type"] != "file":
+            raise ValueError(f"{escaped(path)} is {stamp(entry)}: it cannot be read; take it away or mend it")
         shard = Shard(name, _archive_kind(path), prefix + path, root=prefix + root, size=entry.get("size") or 0, stamp=stamp(entry))
         shards += _slices(filesystem, path, shard) if shard.kind == "parquet" and shard.size > SLICE_BYTES else [shard]
     for shard in shards:
@@ -149,7 +158,8 @@ def _check_columns(filesystem: fsspec.AbstractFileSystem, shard: Shard) -> None:
     try:
         with filesystem.open(filesystem._strip_protocol(shard.path), "rb") as file:
             schema = pq.read_schema(file)
-    except (OSError, pa.ArrowException):
+        assert schema.names is not None  # a name that is no UTF-8 shows here
+    except (OSError, ValueError, pa.ArrowException):
         return
     image_columns(schema, shard.path)
 
@@ -159,7 +169,7 @@ def _slices(filesystem: fsspec.AbstractFileSystem, path: str, shard: Shard) -> l
     try:
         with filesystem.open(path, "rb") as file:
             footer = pq.read_metadata(file)
-    except (OSError, pa.ArrowException):
+    except (OSError, ValueError, pa.ArrowException):
         return [shard]
     shards, start, size = [], 0, 0
     for group in range(footer.num_row_groups):
@@ -173,10 +183,9 @@ def _slices(filesystem: fsspec.AbstractFileSystem, path: str, shard: Shard) -> l
 
 def _folder(filesystem: fsspec.AbstractFileSystem, prefix: str, root: str, place: str, shard_size: int) -> list[Shard]:
     files = _walk(place) if is_local(filesystem) else _find(filesystem, place)
-    folders = frozenset(str(parent) for file in files for parent in PurePosixPath(file).parents)
     archives = {
         file: entry
-        for file, entry in _without_side_tables(files, folders).items()
+        for file, entry in _without_side_tables(files).items()
         if _archive_kind(file) and posixpath.basename(file) not in _METADATA and not posixpath.basename(file).startswith("cache-")
     }
     images = sorted(file for file in files if _suffix(file) in IMAGE_SUFFIXES)
@@ -235,9 +244,10 @@ def _walk(place: str) -> dict[str, dict]:
     order of the disk.
     """
     found: dict[str, dict] = {}
-    seen, real, linked = set(), [""], []
+    seen: set[tuple[int, int]] = set()
+    real, linked = [""], []
     while real or linked:
-        folder = real.pop() if real else linked.pop(0)
+        folder = real.pop() if real else heapq.heappop(linked)
         facts = os.stat(posixpath.join(place, folder))
         if (facts.st_dev, facts.st_ino) in seen:
             continue
@@ -250,11 +260,9 @@ def _walk(place: str) -> dict[str, dict]:
                 if entry.is_dir(follow_symlinks=False):
                     real.append(path)
                 elif local_info(entry.path)["type"] == "directory":
-                    linked.append(path)
+                    heapq.heappush(linked, path)
                 else:
                     found[path] = local_info(entry.path)
-        if not real:
-            linked.sort()
     return found
 
 

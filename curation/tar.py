@@ -34,10 +34,14 @@ class Source:
     def __init__(self, file: BinaryIO):
         self.file = file
         self.error: Exception | None = None
+        self.end = file.seek(0, 2)
+        file.seek(0)
         self.seekable, self.tell, self.readable = file.seekable, file.tell, lambda: True
 
     def read(self, size: int = -1) -> bytes:
-        """As the file's own `read`."""
+        """As the file's own `read`, without room for more than there is: a parser asks for what the file says of itself."""
+        if size > _CHUNK:
+            size = max(min(size, self.end - self.tell()), 0)
         return self._tried(self.file.read, size)
 
     def seek(self, position: int, whence: int = 0) -> int:
@@ -100,12 +104,10 @@ class _Stream:
 
     def __init__(self, source: Source):
         self.source, self.position, self.pending = source, 0, 0
-        end = source.seek(0, 2)
-        source.seek(0)
         start = source.read(6)
         source.seek(0)
         self.codec = next((codec for magic, codec in _COMPRESSED.items() if start.startswith(magic)), None)
-        self.end = None if self.codec else end  # where an uncompressed archive stops, so that a lie about a size costs nothing
+        self.end = None if self.codec else source.end  # where an uncompressed archive stops, so that a lie about a size costs nothing
         if self.codec == "xz":
             self.file: Any = lzma.LZMAFile(source)  # noqa: SIM115  it closes with its source
         else:

@@ -114,6 +114,9 @@ def in_img2dataset_files(folder):
     in_a_folder(folder / "00000")
     pq.write_table(pa.table({"url": ["http://x"] * 6, "key": ["1"] * 6, "status": ["success"] * 6}), folder / "00000.parquet")
     (folder / "00000_stats.json").write_text("{}")
+    # No download of this shard succeeded.
+    pq.write_table(pa.table({"url": ["http://x"], "key": ["1"], "status": ["failed_to_download"]}), folder / "00001.parquet")
+    (folder / "00001_stats.json").write_text("{}")
 
 
 def in_img2dataset_parquet(folder):
@@ -227,6 +230,13 @@ def test_a_folder_of_tars_and_loose_images_asks_which_are_meant(tmp_path):
     assert len(rows_of(f"{tmp_path}/**/*.tar")) == 1
 
 
+def test_a_named_folder_and_a_named_tar_are_both_read_and_folders_between_files_are_not(tmp_path):
+    in_split_folders(tmp_path)
+    tar_of([("a.jpg", PICTURES[0])], tmp_path / "x.tar")
+    assert [shard.name for shard in list_shards([str(tmp_path / "x.tar"), tmp_path / "train"])] == ["train-00000", "x"]
+    assert [shard.name for shard in list_shards(f"{tmp_path}/*")] == ["x"]
+
+
 def test_a_metadata_file_that_cannot_be_read_is_named(tmp_path):
     in_split_folders(tmp_path)
     for content in ('{"file_name": ', "[" * 100_000):
@@ -288,5 +298,7 @@ def test_a_folder_that_grows_keeps_its_slices_and_a_changed_image_or_caption_is_
     (source / "3.txt").write_text("other words")
     with pytest.raises(SourceChangedError, match=r"3\.jpg changed .*bytes"):
         list(read_samples(shards[0]))
+    found = {row["key"]: (row["image"], row["error"]) for row in fetch(shards, [f"pics-00000/{i}.jpg" for i in (2, 3)])}
+    assert found["2.jpg"] == (PICTURES[2], None) and found["3.jpg"][0] is None and "changed since it was listed" in found["3.jpg"][1]
     with pytest.raises(SourceChangedError, match=r"1 files .*"):
         source_shards(str(source), run, 4, relist=True)

@@ -122,24 +122,23 @@ def test_a_store_gives_the_rows_of_the_local_disk(world, requests, place):
 
 def test_transient_refusals_of_the_store_are_tried_again(world, requests):
     source = upload(world / "tars", "transient")
-    for failures in (1, 3):
-        s3fs.S3FileSystem.clear_instance_cache()
-        requests.failures = failures
-        shards = list_shards(source)
-        requests.failures = failures
-        assert [row["error"] for row in rows_of(shards)] == [None] * 6
-        assert requests.failures == 0
+    requests.failures = 2
+    shards = list_shards(source)
+    assert requests.failures == 0
+    requests.failures = 2
+    assert [row["error"] for row in rows_of(shards)] == [None] * 6
+    assert requests.failures == 0
 
 
 def test_a_store_that_goes_away_fails_the_shard_and_is_no_lost_row(world, requests, monkeypatch):
     monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-    for kind in ("tars", "bytes", "pics", "arrow"):
+    for kind in ("tars", "bytes", "pics"):
         s3fs.S3FileSystem.clear_instance_cache()
         shard = list_shards(upload(world / kind, f"away-{kind}"))[0]
         requests.log.clear()
         assert all(row["error"] is None for row in rows_of([shard]))
-        for healthy in {0, 1, 2, len(requests.log) - 1}:
+        for healthy in {0, len(requests.log) - 1}:
             s3fs.S3FileSystem.clear_instance_cache()
             requests.healthy, requests.failures = healthy, 1000
             with pytest.raises(OSError):

@@ -236,6 +236,13 @@ def test_extended_headers_are_bounded_and_checked(tmp_path):
         assert rows[-1]["key"] == "~lost" and "header" in rows[-1]["error"], rows
 
 
+def test_ten_thousand_images_of_one_key_take_linear_time(tmp_path):
+    blocks = b"".join(tarfile.TarInfo(f"a.{i}.jpg").tobuf() for i in range(10_000))
+    (tmp_path / "x.tar").write_bytes(blocks + bytes(1024))
+    rows = rows_of(tmp_path / "x.tar")
+    assert len({row["uid"] for row in rows}) == 10_000
+
+
 @pytest.mark.parametrize("size", [-1, -(1 << 60), 1 << 40, (1 << 63) - 1, 1 << 64, 1 << 80])
 @pytest.mark.parametrize("name", ["x.jpg", "x.cls", "x.txt"])
 def test_a_header_that_lies_about_its_size_costs_nothing(tmp_path, size, name):
