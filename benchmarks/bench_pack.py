@@ -95,7 +95,7 @@ def k2(run: Path, out: Path, *flags: str) -> None:
     from pipelines import pack
 
     out.mkdir(exist_ok=True)
-    for name in ("selection", "shards.json"):
+    for name in ("selection", "shards.parquet"):
         if not (out / name).exists():
             (out / name).symlink_to((run / name).resolve())
     assert pack.main(["--run", str(out), "--policy", "p", "--ray", "off", *flags]) == 0
