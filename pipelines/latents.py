@@ -4,7 +4,7 @@ A pass of its own over packed shards: what is packed stays as it is, and another
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,14 @@ from tqdm import tqdm
 from curation.schema import LATENTS
 from curation.shards import file_hash, fingerprint, is_done, write_row_groups
 from k2model.data import Packed, to_pixels
-from k2model.vae import CHANNELS, QwenImageVae, load_pca
+from k2model.vae import CHANNELS, FACTOR, QwenImageVae, load_pca
 from pipelines import cluster
 
 
 def write_latents(place: Path, codec: str, ray: str, workers: int | None) -> list[str]:
     """Encode every packed shard that has no latents yet; returns the names of those that failed, with the errors.
+
+    Where the cluster has GPUs, the codec stands on them, and CPU workers read and decode for it.
 
     `codec` is the folder of the Qwen-Image VAE's weights (or its name in the hub cache), or the `vae.safetensors` of a training run.
 
@@ -39,7 +41,7 @@ def write_latents(place: Path, codec: str, ray: str, workers: int | None) -> lis
     failed = []
     make = partial(encoder, place, codec, {name: files[name] for name in todo}, made_by)
     with tqdm(total=len(files), initial=len(files) - len(todo), unit="file", desc="latents", file=sys.stderr) as progress:
-        for outcome in cluster.run(make, todo, ray, workers):
+        for outcome in cluster.run(make, todo, ray, workers, serve=partial(codec_server, codec)):
             if outcome.error:
                 failed.append(f"{outcome.item} ({outcome.error})")
             progress.update(not outcome.error)
@@ -64,26 +66,41 @@ def load_codec(codec: str, device: str) -> Any:
     return QwenImageVae(codec, inside).load(device)
 
 
-def encoder(place: Path, codec: str, files: dict[str, list[dict]], made_by: str) -> Callable[[str], int]:
-    """Load the codec once in this worker; returns the function of one packed shard."""
+def codec_server(codec: str) -> Callable[[np.ndarray], np.ndarray]:
+    """Load the codec once, on the accelerator; returns the function uint8 (B, 3, H, W) -> float16 (B, 16, H/8, W/8)."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    loaded, packed = load_codec(codec, device), Packed(place)
+    loaded = load_codec(codec, device)
 
-    def tables(name: str):
-        for group in files[name]:
-            batch = packed.read(group, padding=True)
-            latents = loaded.encode(to_pixels(batch.images.to(device))).to("cpu", torch.float16)
-            assert latents.shape[1:] == (CHANNELS, batch.images.shape[2] // 8, batch.images.shape[3] // 8), latents.shape
-            values = [np.ascontiguousarray(latent).tobytes() for latent in latents.numpy()]
-            yield pa.table([pa.array(batch.uids), pa.array(values, pa.binary())], schema=LATENTS)
-
-    def encode(name: str) -> int:
+    def encode(images: np.ndarray) -> np.ndarray:
         before = torch.get_num_threads()
         torch.set_num_threads(1)  # as everywhere: sums must not depend on where they are made
         try:
-            write_row_groups(tables(name), place / "latents" / name, LATENTS, made_by)
+            pixels = to_pixels(torch.from_numpy(np.array(images)).to(device))
+            return loaded.encode(pixels).to("cpu", torch.float16).numpy()
         finally:
             torch.set_num_threads(before)
+
+    return encode
+
+
+def encoder(place: Path, codec: str, files: dict[str, list[dict]], made_by: str, ask: Callable | None = None) -> Callable[[str], int]:
+    """The function of one packed shard that a worker runs. Without servers to `ask`, the codec is loaded in the worker."""
+    packed, here = Packed(place), codec_server(codec) if ask is None else None
+
+    def asked(images: np.ndarray) -> np.ndarray:
+        return here(images) if here else ask(images)()
+
+    def tables(name: str) -> Iterator[pa.Table]:
+        for group in files[name]:
+            batch = packed.read(group, padding=True)
+            latents = asked(batch.images.numpy())
+            shape = (CHANNELS, group["bucket_height"] // FACTOR, group["bucket_width"] // FACTOR)
+            assert latents.shape[1:] == shape, (latents.shape, group)
+            values = [np.ascontiguousarray(latent, "<f2").tobytes() for latent in latents]
+            yield pa.table([pa.array(batch.uids), pa.array(values, pa.binary())], schema=LATENTS)
+
+    def encode(name: str) -> int:
+        write_row_groups(tables(name), place / "latents" / name, LATENTS, made_by)
         return len(files[name])
 
     return encode

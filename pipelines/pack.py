@@ -115,8 +115,9 @@ def _make_pieces(
     shards: list[Shard], selection: Path, pieces: Path, packing: Packing, sizes: np.ndarray, ray: str, workers: int | None
 ) -> dict[str, Made] | None:
     """First pass: what became of every shard; None when some failed."""
-    for left in pieces.glob(".*"):
-        left.unlink()  # of a writer that was killed
+    wanted = {f"{shard.name}.arrow" for shard in shards}
+    for left in [*pieces.parent.glob(".*.tmp"), *(path for path in pieces.glob("*") if path.name not in wanted)]:
+        left.unlink()  # of a writer that was killed, or a shard of which nothing is chosen any more
     size = dict(zip([shard.name for shard in shards], sizes.tolist(), strict=True))
     make = partial(piece_maker, selection, pieces, packing.seed)
     made, failed = {}, []

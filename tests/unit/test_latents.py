@@ -8,9 +8,10 @@ import torch
 from packed_world import landscapes, make_packed
 from safetensors.torch import save_file
 
+from curation.shards import read_fingerprint
 from k2model.data import Packed, to_pixels
 from k2model.vae import QwenImageVae, fit_pca, load_pca
-from pipelines.latents import describe_codec, write_latents
+from pipelines.latents import codec_server, describe_codec, encoder, write_latents
 
 SIZES = [(32, 32), (32, 48)]
 
@@ -40,6 +41,22 @@ def test_latents_are_what_the_codec_makes_of_the_packed_pixels(place, pca):
     assert sorted(path.name for path in (place / "latents").glob("*")) == files
     for name in files:
         assert pq.read_table(place / "latents" / name)["uid"].equals(pq.read_table(place / name)["uid"])
+
+
+def test_a_codec_on_a_server_writes_the_same_bytes(place, pca):
+    write_latents(place, pca, "off", None)
+    name = "00000.parquet"
+    expected, made_by = (place / "latents" / name).read_bytes(), read_fingerprint(place / "latents" / name)
+    (place / "latents" / name).unlink()
+    server, groups = codec_server(pca), [group for group in Packed(place).groups if group["file"] == name]
+    asked = []
+
+    def ask(message):
+        asked.append(message.nbytes)
+        return lambda: server(message)
+
+    encoder(place, "not loaded in the worker", {name: groups}, made_by, ask=ask)(name)
+    assert (place / "latents" / name).read_bytes() == expected and len(asked) == len(groups)
 
 
 def test_the_released_autoencoder_writes_latents_the_same_way(place, tmp_path):
