@@ -61,17 +61,18 @@ def read(encoded: bytes) -> Blocks:
         blocks.exif, whole = encoded, False  # tags lie anywhere in the file
     else:
         whole = encoded[4:8] == b"ftyp" and _heif(encoded, blocks)
-        blocks.c2pa = b"jumb" in encoded
+        blocks.c2pa = whole and b"jumb" in encoded
     if not whole:
         blocks.c2pa = blocks.c2pa or b"jumb" in encoded
-        _scan(encoded, blocks)
+        if not blocks.xmp:
+            _scan(encoded, blocks)
     return blocks
 
 
 def _scan(encoded: bytes, blocks: Blocks) -> None:
     """Packets wherever they lie: XMP is made to be found so (XMP specification, part 3, "packet scanning")."""
     end = 0
-    while not blocks.xmp or (end and len(blocks.xmp) < PACKETS):
+    for _ in range(PACKETS):
         start = encoded.find(b"<x:xmpmeta", end)
         end = encoded.find(b"</x:xmpmeta>", start, start + PACKET_BYTES) + 12
         if start < 0 or end < 12:
