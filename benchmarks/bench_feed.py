@@ -1,6 +1,6 @@
 """Does the pipeline keep a real tower fed? SigLIP-2 with random weights in open_clip's format, from JPEGs in tars.
 
-    python benchmarks/bench_feed.py [--model ViT-B-32-SigLIP2-256] [--images 96] [--rounds 3]
+    python benchmarks/bench_feed.py [--model ViT-B-16-SigLIP2-256] [--images 96] [--rounds 3]
 
 On CPUs: `k2 annotate --ray off` (read, decode, prepare, forward, Parquet) against the bare forward loop on the same prepared inputs, on
 the same core, in interleaved rounds; the ratio is the share of the bare loop's speed that is left. On a machine with a GPU (and
@@ -102,7 +102,7 @@ def on_gpu(source: Path, folder: str, tower: Siglip, num_images: int) -> dict:
     }
 
 
-def main(model: str = "ViT-B-32-SigLIP2-256", images: int = 96, rounds: int = 3, width: int = 500, height: int = 400) -> None:
+def main(model: str = "ViT-B-16-SigLIP2-256", images: int = 96, rounds: int = 3, width: int = 500, height: int = 400) -> None:
     """Measure and record.
 
     Args:

@@ -90,6 +90,6 @@ def ray_cluster():
     import ray
 
     workers_see = {"env_vars": {"PYTHONPATH": str(Path(__file__).parent / "unit")}}
-    ray.init(runtime_env=workers_see, num_cpus=2, include_dashboard=True, log_to_driver=False, logging_level="ERROR")
+    ray.init("local", runtime_env=workers_see, num_cpus=2, include_dashboard=True, log_to_driver=False, logging_level="ERROR")
     yield ray
     ray.shutdown()
