@@ -23,7 +23,7 @@ from pipelines.cli import call
 from pipelines.cost import Cluster, Rates, cost, text
 
 PARTS = ("read", "decode", "prepare", "write")  # seconds of report.jsonl that are no stage; waiting is no work
-PROBE_SHARDS = 8
+PROBE_SHARDS = 16  # places of the source that a probe takes its images from
 ENCODED_IMAGES = 64  # images that are cut to size to learn what a packed one weighs
 
 
@@ -158,8 +158,8 @@ def probed_rates(
 
 
 def _some(source: str, count: int) -> Iterator[dict]:
-    """The first samples of up to PROBE_SHARDS shards, spread over the listing."""
-    shards = list_shards(source)
+    """The first samples of up to PROBE_SHARDS shards, spread over the listing. A folder is cut small, so that all of it is seen."""
+    shards = list_shards(source, shard_size=max(16, count // PROBE_SHARDS))
     chosen = shards[:: max(1, len(shards) // PROBE_SHARDS)][:PROBE_SHARDS]
     each = -(-count // len(chosen))
     for shard in chosen:
@@ -269,6 +269,7 @@ def _assumptions(measured: dict[str, Any], is_probe: bool, cluster: Cluster) -> 
     if is_probe:
         lines.append("reading was measured from a local copy of the probe: the network is in --read-mb-per-s alone")
         lines.append("reading and writing cost something per file too, so that a probe of few images makes them look dearer than they are")
+        lines.append("uids are as short as the probe's: long names of files or shards add their bytes to every table")
         lines.append("a packed image was cut and encoded here; the share that a policy keeps is --keep")
     else:
         lines.append("a policy keeps the share that it kept in the run; more images bring more duplicates, so it will be lower")
