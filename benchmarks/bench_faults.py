@@ -101,6 +101,9 @@ class TwoNodes:
     """A Ray cluster of two nodes on this machine; the second may be lost and comes back."""
 
     def __enter__(self) -> "TwoNodes":
+        # Ray writes the address of a new cluster there, and every ray.init() on the machine would join this one.
+        self.folder = tempfile.TemporaryDirectory(prefix="k2-", dir="/tmp", ignore_cleanup_errors=True)
+        os.environ["RAY_TMPDIR"] = self.folder.name
         from ray.cluster_utils import Cluster
 
         self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
@@ -109,6 +112,7 @@ class TwoNodes:
 
     def __exit__(self, *_: Any) -> None:
         self.cluster.shutdown()
+        self.folder.cleanup()
 
     def workers(self) -> list[int]:
         """Process ids of actors: what the two raylets have started and Ray has renamed to our classes."""

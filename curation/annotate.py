@@ -85,8 +85,8 @@ class Inputs:
 class Answers:
     """What inference made of one `Inputs`."""
 
-    values: dict[str, pa.Table]  # stage name -> a row per image
-    seconds: dict[str, float]
+    values: dict[str, pa.Table] = field(default_factory=dict)  # stage name -> a row per image
+    seconds: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -177,7 +177,8 @@ def annotate_shard(
     for prepared in prepare(shard, todo, functions, report, limits, decode):
         report.rows += len(prepared.errors)
         report.bad += sum(error is not None for error in prepared.errors)
-        waiting.append((prepared, ask(prepared.inputs)))
+        waiting.append((prepared, ask(prepared.inputs) if prepared.inputs.stages else Answers))
+        prepared.inputs.arrays.clear()  # handed over: not to be held until the answers come
         while len(waiting) > BATCHES_AHEAD:
             collect()
         watch(report)
@@ -197,7 +198,7 @@ def annotate_shard(
 def infer(functions: dict[Stage, StageFunction], inputs: Inputs) -> Answers:
     """The stages that `inputs` names, on prepared images: the accelerator's part."""
     batch = ImageBatch(inputs.uids, [], [], [], {(tower, "inputs"): array for tower, array in inputs.arrays.items()})
-    answers = Answers({}, {})
+    answers = Answers()
     for stage, function in functions.items():
         if stage.name in inputs.stages:
             start = time.perf_counter()

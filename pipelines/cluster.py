@@ -227,7 +227,7 @@ class _Service:
                     return ray.get(reference)
                 except ray.exceptions.RayTaskError as error:
                     raise error.cause if isinstance(error.cause, Exception) else error from None
-                except ray.exceptions.RayActorError as error:
+                except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError) as error:
                     self.servers = [other for other in self.servers if other is not server]
                     if not left:
                         raise RuntimeError(f"{SENDS} inference workers died on one batch") from error

@@ -86,10 +86,10 @@ def tiny_tars(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def ray_cluster():
-    """One Ray cluster for the whole session (it takes about 12 s to start)."""
+    """One Ray cluster for the whole session (it takes about 12 s to start), with the dashboard that takes jobs."""
     import ray
 
     workers_see = {"env_vars": {"PYTHONPATH": str(Path(__file__).parent / "unit")}}
-    ray.init(runtime_env=workers_see, num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init("local", runtime_env=workers_see, num_cpus=2, include_dashboard=True, log_to_driver=False, logging_level="ERROR")
     yield ray
     ray.shutdown()

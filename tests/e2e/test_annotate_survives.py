@@ -1,6 +1,7 @@
 """Annotations do not depend on where they are made, nor on how often the making is interrupted."""
 
 import hashlib
+import json
 import os
 import random
 import signal
@@ -9,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from pipelines.annotate import annotate
@@ -42,6 +44,20 @@ class KillsItsWorkerOnce:
             return {"seen": [1] * len(batch)}
         return function
 
+@dataclass(frozen=True)
+class BreaksTheDecoder:
+    """A stage that makes the decoder of its worker one that crashes on the images of 300 bytes."""
+    name: ClassVar[str] = "breaker"
+    schema: ClassVar[pa.Schema] = pa.schema([UID, column("seen", pa.int32(), "1"), ERROR])
+
+    def load(self, device):
+        from curation.decode import decode_for
+        from pipelines import annotate
+
+        annotate.decode_for = lambda encoded, reads, limits: os._exit(1) if len(encoded) == 300 else decode_for(encoded, reads, limits)
+        return lambda batch: {"seen": [1] * len(batch)}
+
+poisoned = (BreaksTheDecoder(), Basics())
 stages = (Basics(), Embedding(EffNet()), Embedding(Compact()))
 killer = (Basics(), KillsItsWorkerOnce("00001/a.b/010003", os.environ.get("K2_MARKER", "")))
 '''
@@ -84,6 +100,15 @@ def test_a_worker_that_dies_in_a_shard_costs_a_retry_and_no_row(tmp_path, tiny_t
     monkeypatch.setenv("K2_MARKER", str(tmp_path))  # exists: this one is never killed
     assert annotate(str(tiny_tars), str(tmp_path / "calm"), f"{recipe}:killer", ray="off") == 0
     assert digests(tmp_path / "run") == digests(tmp_path / "calm")
+
+
+@pytest.mark.ray
+def test_an_image_that_crashes_the_decoder_becomes_a_row_with_an_error(tmp_path, tiny_tars, recipe, ray_cluster):
+    assert annotate(str(tiny_tars), str(tmp_path), f"{recipe}:poisoned", ray="auto", workers=1) == 0
+    rows = {row["uid"]: row for p in tmp_path.glob("annotations/basics/*.parquet") for row in pq.read_table(p).to_pylist()}
+    assert len(rows) == 25 and rows["00002/a.b/020005"]["error"] and rows["00002/a.b/020004"]["error"] is None
+    reports = [json.loads(line) for line in (tmp_path / "report.jsonl").read_text().splitlines()]
+    assert {report["shard"]: report["tries"] for report in reports} == {"00000": 1, "00001": 1, "00002": 2}
 
 
 @pytest.mark.parametrize("seed", [0, 1])
