@@ -99,7 +99,7 @@ def listing() -> str:
     for name in ours():
         head = [line.removeprefix("--").strip() for line in find(name).sql.splitlines() if line.startswith("--")]
         text = " ".join(line for line in head if line and not line.startswith("resolution:"))
-        lines.append(f"{name:<22} {re.split(r'(?<=[.:]) ', text)[0]}\n")
+        lines.append(f"{name:<22} {re.split(r'[.:] ', text + ' ')[0]}\n")
     return "".join(lines)
 
 
