@@ -23,6 +23,7 @@ from curation.decode import DecodeError, decode
 from curation.faults import FAULTS
 from curation.judged import COMPARE, FAILS, funnel, judge, short
 from curation.plots import number
+from curation.printable import one_line
 from curation.shards import read_fingerprint
 from curation.sources import fetch, load_listing
 
@@ -61,7 +62,7 @@ def table(rows: Sequence[dict[str, Any]], columns: Sequence[str] | None = None) 
 def _escaped(value: Any) -> str:
     if isinstance(value, int | float):
         return number(value)
-    text = html.escape("" if value is None else str(value)).replace("\n", " ")
+    text = html.escape("" if value is None else one_line(str(value)))
     return re.sub(r"([\\`*_\[\]|~$])", r"\\\1", text)
 
 
@@ -248,7 +249,7 @@ def contact_sheet(images: Sequence[Image.Image], labels: Sequence[str] = (), col
         left, top = gap + (i % columns) * (size + gap), gap + (i // columns) * (size + line + gap)
         small = ImageOps.contain(image.convert("RGB"), (size, size), Image.Resampling.LANCZOS)
         sheet.paste(small, (left + (size - small.width) // 2, top + size - small.height))
-        text = label.encode("latin-1", "replace").decode("latin-1")  # the bundled font has no more
+        text = one_line(label).encode("latin-1", "replace").decode("latin-1")  # the bundled font has no more
         while text and draw.textlength(text, font=font) > size:
             text = text[:-4] + "..." if len(text) > 4 else ""
         draw.text((left, top + size + 2), text, fill=plots.INK, font=font)
