@@ -4,30 +4,28 @@ K2 removes duplicates with md5, a 12x12 phash and a colorhash (report, "Pretrain
 colorhash has to agree. The report gives no threshold. Ours (12 bits of 144, colour difference 10) were measured with copies
 planted among 1,021 images (docs/log.md): they find 96 % of the copies at 60 % size and JPEG quality 60, 97 % of those that are
 mirrored as well, and 93 % of crops of 1 %, and join no two different pictures; the first such pair comes at 16 bits. A crop of
-5 % moves far more bits, so crops are left to embeddings.
-
-A group is a connected component: a burst of photographs is one group, even where its ends are further apart than the threshold.
+5 % moves far more bits, so crops are left to embeddings (curation/semantic.py).
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.dataset
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
-from curation.schema import BASICS, COLORHASH_BYTES, DUPLICATES, PHASH_BYTES
+from curation.groups import join, numbered, ranks, spread, stars
+from curation.hamming import PHASH_BITS, near_pairs
+from curation.schema import BASICS, COLORHASH_BYTES, DUPLICATES
 from curation.shards import file_hash, fingerprint
 
-PHASH_BITS = 8 * PHASH_BYTES
 COLOR_BINS, COLOR_BITS = 14, 3
-# Quality of a file, to choose a representative: IJG's scale for JPEG, above it where nothing was lost. Of the other containers
-# (WebP, AVIF ...) we know no more than that they are usually saved well.
-LOSSLESS, LOSSLESS_QUALITY, UNKNOWN_QUALITY = ("PNG", "BMP", "TIFF", "PPM", "TGA"), 101, 90
+PIECE = 1 << 20  # pairs whose colours are compared together
 COLUMNS = ("uid", "bytes", "md5", "width", "height", "format", "phash", "phash_mirror", "colorhash", "jpeg_quality", "error")
+
+# Rows (left, right) of uint8 (N, 18) hashes that differ in at most so many bits; the last argument is hamming.near_pairs' num_asked.
+Search = Callable[[np.ndarray, int, int], tuple[np.ndarray, np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -36,24 +34,24 @@ class Dedup:
 
     phash_bits: int = 12  # largest Hamming distance of the phash, to the image or to its mirror
     color_steps: int = 10  # largest sum over the 14 colour bins of the difference of their values (0 to 7)
-    version: int = 1
+    version: int = 2
 
 
-def basics_files(run_dir: str) -> list[Path]:
-    """The annotation `basics` of a run, by name.
+def annotation_files(run_dir: str, stage: str = "basics") -> list[Path]:
+    """The annotation of a stage in a run, sorted by name.
 
     Raises:
         FileNotFoundError: there is none.
     """
-    files = sorted(Path(run_dir, "annotations", "basics").glob("*.parquet"))
+    files = sorted(Path(run_dir, "annotations", stage).glob("*.parquet"))
     if not files:
-        raise FileNotFoundError(f"{run_dir} has no annotation basics; run `k2 annotate --source ... --out {run_dir}` first")
+        raise FileNotFoundError(f"{run_dir} has no annotation {stage}; run `k2 annotate --source ... --out {run_dir}` first")
     return files
 
 
-def made_by(files: list[Path], description: Dedup) -> str:
-    """The fingerprint of the groups: it changes with a threshold, and with any byte of the annotations they are found from."""
-    return fingerprint({"dedup": description, "basics": {file.name: file_hash(file) for file in files}})
+def made_by(files: list[Path], description: object) -> str:
+    """The fingerprint of groups: it changes with a threshold, and with any byte of the annotations they are found from."""
+    return fingerprint({"dedup": description, "files": {f"{file.parent.name}/{file.name}": file_hash(file) for file in files}})
 
 
 def read_basics(files: list[Path]) -> pa.Table:
@@ -61,33 +59,40 @@ def read_basics(files: list[Path]) -> pa.Table:
     return pyarrow.dataset.dataset(files, format="parquet").to_table(columns=list(COLUMNS))
 
 
-def find_duplicates(basics: pa.Table, description: Dedup = Dedup(), watch: Callable[[range], Iterable[int]] = iter) -> pa.Table:
+def by_uid(basics: pa.Table) -> pa.Table:
+    """The columns that duplicates are found from, sorted by uid: nothing depends on the order of shards."""
+    types = pa.schema([pa.field(name, BASICS.field(name).type) for name in COLUMNS])
+    return basics.select(COLUMNS).cast(types).sort_by("uid").combine_chunks()
+
+
+def find_duplicates(basics: pa.Table, description: Dedup = Dedup(), search: Search = near_pairs) -> pa.Table:
     """schema.DUPLICATES, one row per row of `basics` (whatever their order), sorted by uid.
 
-    A broken image has its error and no values: no policy keeps it, so it may not stand for a group. The representative has most
-    pixels; then the best quality, most bytes, the first uid. Groups are numbered in the order of their first uid. `watch` wraps
-    the 144 steps of the search, to show progress.
+    A broken image has its error and no values: no policy keeps it, so it may not stand for a group. Groups are stars around the
+    image to keep (`groups.stars`), numbered in the order of their first uid. `search` finds the near hashes: in this process, or in
+    partitions (pipelines/dedup.py); all find the same ones.
     """
-    types = pa.schema([pa.field(name, BASICS.field(name).type) for name in COLUMNS])
-    basics = basics.select(COLUMNS).cast(types).sort_by("uid").combine_chunks()
+    basics = by_uid(basics)
     good = basics["error"].is_null().to_numpy()
     rows = basics.filter(good)
-    md5 = rows["md5"].combine_chunks().dictionary_encode().indices.to_numpy(zero_copy_only=False)
-    images, mirrors = hash_words(rows["phash"]), hash_words(rows["phash_mirror"])
-    labels = _components(md5, images, mirrors, color_values(rows["colorhash"]), description, watch)
+    md5 = codes(rows["md5"])
+    images, mirrors, colors = (bytes_of(rows[name]) for name in ("phash", "phash_mirror", "colorhash"))
+    rank = ranks(rows)
+    labels, left, right = _same(md5, images, mirrors, colors, description, search)
 
-    pixels = _integers(rows["width"]) * _integers(rows["height"])
-    best_first = np.lexsort((-_integers(rows["bytes"]), -_quality(rows), -pixels))  # stable: equal ones stay in the order of uid
-    _, first, inverse, count = np.unique(labels[best_first], return_index=True, return_inverse=True, return_counts=True)
-    chosen, size = np.empty_like(labels), np.empty_like(labels)
-    chosen[best_first], size[best_first] = best_first[first[inverse]], count[inverse]
+    # Files of one label are the same picture to the bit, so the best of them stands for all.
+    best = np.full(int(labels.max(initial=-1)) + 1, len(rank))
+    np.minimum.at(best, labels, rank)
+    at = np.empty_like(rank)
+    at[rank] = np.arange(len(rank))
+    chosen = at[best[stars(left, right, best)[labels]]] if len(rank) else at
+
+    number, size = numbered(chosen)
     grouped = size > 1
-    number = np.zeros_like(labels)
-    _, first, inverse = np.unique(labels[grouped], return_index=True, return_inverse=True)
-    number[grouped] = np.argsort(np.argsort(first))[inverse]
-
-    straight = hamming(images, images[chosen])
-    flipped = np.minimum(hamming(images, mirrors[chosen]), hamming(mirrors, images[chosen]))
+    straight, flipped = np.zeros(len(rows), np.int64), np.zeros(len(rows), np.int64)
+    mine, theirs = np.flatnonzero(grouped), chosen[grouped]
+    straight[grouped] = hamming(images[mine], images[theirs])
+    flipped[grouped] = np.minimum(hamming(images[mine], mirrors[theirs]), hamming(mirrors[mine], images[theirs]))
     columns = {
         "group": (number, grouped),
         "group_size": (size, None),
@@ -96,109 +101,61 @@ def find_duplicates(basics: pa.Table, description: Dedup = Dedup(), watch: Calla
         "distance": (np.minimum(straight, flipped), grouped),
         "mirrored": (flipped < straight, grouped),
     }
-    cells = [_scatter(values, known, good, DUPLICATES.field(name).type) for name, (values, known) in columns.items()]
+    cells = [spread(values, good, known, DUPLICATES.field(name).type) for name, (values, known) in columns.items()]
     return pa.Table.from_arrays([basics["uid"], *cells, basics["error"]], schema=DUPLICATES)
 
 
-def _scatter(values: np.ndarray, known: np.ndarray | None, good: np.ndarray, kind: pa.DataType) -> pa.Array:
-    """The values of the good rows as a column of all rows; null elsewhere, and where a value is not `known`."""
-    out = np.zeros(len(good), values.dtype)
-    out[good] = values
-    null = ~good
-    if known is not None:
-        null[good] |= ~known
-    return pa.array(out, mask=null).cast(kind)
-
-
-# --- which images are the same ---
-
-
-def _components(
-    md5: np.ndarray, images: np.ndarray, mirrors: np.ndarray, colors: np.ndarray, description: Dedup, watch: Callable
-) -> np.ndarray:
-    """A label (N,) per image; images of one group share it. All arguments have N rows."""
-    labels = md5
+def _same(
+    md5: np.ndarray, images: np.ndarray, mirrors: np.ndarray, colors: np.ndarray, description: Dedup, search: Search
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Labels (N,) of images that are equal by md5 or by all their hashes, and pairs (left, right) of labels that are near."""
     # Where many coefficients are equal (a flat or nearly empty picture) the median splits them unevenly, and the bits say nothing.
-    telling = np.flatnonzero(np.bitwise_count(images).sum(1) == PHASH_BITS // 2)
-    # Files with the same hashes are the same picture; the search needs one of them, or ten thousand copies would be 50 million pairs.
-    _, one, inverse = np.unique(np.hstack([images, mirrors, colors])[telling], axis=0, return_index=True, return_inverse=True)
-    labels = _join(labels, telling, telling[one][inverse.reshape(-1)])
-    nodes = telling[one]
-    entries = np.concatenate([images[nodes], mirrors[nodes]])  # a mirrored copy is one whose phash is near another's mirror
-    owner = np.concatenate([nodes, nodes])
-    for left, right in candidates(entries, description.phash_bits, watch):
-        use = labels[owner[left]] != labels[owner[right]]  # known already; and the two mirrors of two images say nothing new
-        use &= (left < len(nodes)) | (right < len(nodes))
-        left, right = left[use], right[use]
-        near = hamming(entries[left], entries[right]) <= description.phash_bits
-        left, right = owner[left[near]], owner[right[near]]
-        near = np.abs(colors[left].astype(np.int64) - colors[right].astype(np.int64)).sum(1) <= description.color_steps
-        if near.any():
-            labels = _join(labels, left[near], right[near])
-    return labels
+    telling = np.flatnonzero(np.bitwise_count(images).sum(1, dtype=np.int64) == PHASH_BITS // 2)
+    # The search needs one of the files with the same hashes, or ten thousand copies would be 50 million pairs.
+    hashes = np.hstack([images, mirrors, colors])[telling]
+    code = codes(pa.FixedSizeBinaryArray.from_buffers(pa.binary(hashes.shape[1]), len(hashes), [None, pa.py_buffer(hashes)]))
+    one = telling[_first(code)]
+    labels = join(len(md5), np.concatenate([np.arange(len(md5)), telling]), np.concatenate([_first(md5)[md5], one[code]]))
+
+    entries = np.concatenate([images[one], mirrors[one]])  # a mirrored copy is one whose phash is near another's mirror
+    left, right = search(entries, description.phash_bits, len(one))
+    left, right = one[left % max(len(one), 1)], one[right % max(len(one), 1)]
+    near = np.zeros(len(left), bool)
+    for start in range(0, len(left), PIECE):
+        piece = slice(start, start + PIECE)
+        steps = np.abs(color_values(colors[left[piece]]).astype(np.int64) - color_values(colors[right[piece]])).sum(1)
+        near[piece] = steps <= description.color_steps
+    return labels, labels[left[near]], labels[right[near]]
 
 
-def _join(labels: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Labels (N,) after joining the groups of image left[i] and image right[i]."""
-    size = int(labels.max(initial=-1)) + 1
-    edges = coo_array((np.ones(len(left), bool), (labels[left], labels[right])), shape=(size, size))
-    return connected_components(edges, directed=False)[1].astype(np.int64)[labels] if size else labels
+def _first(code: np.ndarray) -> np.ndarray:
+    """The first row of each code; codes count up from 0 in the order of their first rows."""
+    first = np.full(int(code.max(initial=-1)) + 1, len(code))
+    np.minimum.at(first, code, np.arange(len(code)))
+    return first
 
 
-def candidates(
-    entries: np.ndarray, max_bits: int, watch: Callable[[range], Iterable[int]] = iter
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Pairs of rows (left, right) of `entries` (N, 3) that may lie within `max_bits`; no such pair is left out.
-
-    Multi-index hashing (Norouzi, Punjani and Fleet, arXiv 1307.2982): of max_bits // 2 + 1 bands of bits, one differs in at most
-    one bit. So for each bit, the rows that agree in all other bits of its band are candidates: 144 sorts instead of N^2 distances.
-    Yielded in pieces of at most N pairs; a pair can come several times.
-    """
-    num_bands = max(max_bits // 2 + 1, 3)  # a band has at most 48 bits, which fit in a word
-    # A band is every num_bands-th bit, so that none is made of the low frequencies alone, which pictures share most.
-    steps = [(band, place) for band in range(num_bands) for place in range(len(range(band, PHASH_BITS, num_bands)))]
-    for i in watch(range(len(steps))):
-        band, place = steps[i]
-        if place == 0:
-            bits = np.unpackbits(entries.astype("<u8").view(np.uint8), axis=1)[:, band:PHASH_BITS:num_bands]
-            packed = np.packbits(bits, axis=1, bitorder="little")
-            words = np.pad(packed, ((0, 0), (0, 8 - packed.shape[1]))).view("<u8")[:, 0]
-        key = words & ~np.uint64(1 << place)
-        order = np.argsort(key)
-        key = key[order]
-        left, step = np.arange(len(order)), 0
-        while True:
-            step += 1
-            left = left[left + step < len(order)]
-            left = left[key[left] == key[left + step]]
-            if not len(left):
-                break
-            yield order[left], order[left + step]
+def codes(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
+    """Equal values of a column as equal numbers (N,), counted up in the order of their first rows."""
+    column = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    return column.dictionary_encode().indices.to_numpy(zero_copy_only=False).astype(np.int64)
 
 
-def hash_words(column: pa.ChunkedArray) -> np.ndarray:
-    """A column of 18-byte hashes as uint64 (N, 3), zero padded: what `hamming` takes."""
-    values = np.frombuffer(b"".join(column.to_pylist()), np.uint8).reshape(-1, PHASH_BYTES)
-    return np.pad(values, ((0, 0), (0, -PHASH_BYTES % 8))).view("<u8")
+def bytes_of(column: pa.ChunkedArray) -> np.ndarray:
+    """A column of fixed-size binary without nulls as uint8 (N, size)."""
+    array = column.combine_chunks()
+    assert array.null_count == 0, f"{array.null_count} of {len(array)} values are null"
+    size = array.type.byte_width
+    return np.frombuffer(array.buffers()[1] or b"", np.uint8)[array.offset * size : (array.offset + len(array)) * size].reshape(-1, size)
 
 
 def hamming(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Bits (N,) that differ between the rows of two uint64 arrays (N, 3)."""
-    return np.bitwise_count(a ^ b).sum(1, dtype=np.int64)
+    """Bits (N,) that differ between the rows of two uint8 arrays (N, 18)."""
+    return np.bitwise_count(a ^ b).sum(-1, dtype=np.int64)
 
 
-def color_values(column: pa.ChunkedArray) -> np.ndarray:
-    """A column of colorhashes as its 14 bins (N, 14), values 0 to 7: black, grey, six faint hues, six bright hues."""
-    values = np.frombuffer(b"".join(column.to_pylist()), np.uint8).reshape(-1, COLORHASH_BYTES)
-    values = np.unpackbits(values, axis=1)[:, : COLOR_BINS * COLOR_BITS]
+def color_values(hashes: np.ndarray) -> np.ndarray:
+    """uint8 (N, 6) colorhashes as their 14 bins (N, 14), values 0 to 7: black, grey, six faint hues, six bright hues."""
+    assert hashes.shape[1:] == (COLORHASH_BYTES,), hashes.shape
+    values = np.unpackbits(hashes, axis=1)[:, : COLOR_BINS * COLOR_BITS]
     return values.reshape(-1, COLOR_BINS, COLOR_BITS) @ np.array([4, 2, 1], np.uint8)
-
-
-def _integers(column: pa.ChunkedArray) -> np.ndarray:
-    return column.to_numpy().astype(np.int64)
-
-
-def _quality(rows: pa.Table) -> np.ndarray:
-    """Quality (N,) of the files, to choose a representative."""
-    jpeg = rows["jpeg_quality"].fill_null(UNKNOWN_QUALITY).to_numpy()
-    return np.where(np.isin(rows["format"].to_pylist(), LOSSLESS), LOSSLESS_QUALITY, jpeg)

@@ -21,6 +21,7 @@ VERBS = {
     "train": "the curriculum on packed shards; again to resume",
     "sae": "fit and evaluate the sparse autoencoder of the artifacts stage",
     "synthetic": "fit and evaluate the AI-generated probe of the synthetic stage",
+    "plan": "what N images cost: hours, storage, time, money, from measured rates",
     "report": "one HTML page of a run folder",
 }
 

@@ -3,10 +3,12 @@
 import json
 import sys
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 from tqdm import tqdm
 
-from curation.dedup import Dedup, basics_files, find_duplicates, made_by, read_basics
+from curation.dedup import Dedup, annotation_files, find_duplicates, made_by, read_basics
+from curation.hamming import near_pairs
 from curation.shards import read_fingerprint, write_table
 from pipelines.cli import call
 
@@ -19,12 +21,12 @@ def dedup(run: str) -> int:
     Args:
         run: Run folder that `k2 annotate` wrote.
     """
-    description, files = Dedup(), basics_files(run)
+    description, files = Dedup(), annotation_files(run)
     path, fingerprint = f"{run}/annotations/duplicates/all.parquet", made_by(files, description)
     if read_fingerprint(path) == fingerprint:
         print(json.dumps({"duplicates": path, "done": "before"}))
         return 0
-    table = find_duplicates(read_basics(files), description, watch)
+    table = find_duplicates(read_basics(files), description, partial(near_pairs, watch=watch))
     write_table(table, path, fingerprint)
     kinds = table["kind"].to_pylist()
     not_needed = [kind for kind, representative in zip(kinds, table["representative"].to_pylist(), strict=True) if representative is False]
@@ -40,7 +42,7 @@ def dedup(run: str) -> int:
     return 0
 
 
-def watch(steps: range) -> Iterable[int]:
+def watch(steps: tuple) -> Iterable[int]:
     """Progress on stderr, when the search takes longer than 5 seconds."""
     return tqdm(steps, desc="dedup", unit="step", file=sys.stderr, delay=5)
 

@@ -2,12 +2,15 @@
 
 import numpy as np
 import pyarrow as pa
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.sparse.csgraph import connected_components
 
-from curation.dedup import COLUMNS, PHASH_BITS, Dedup, candidates, color_values, find_duplicates, hamming, hash_words
-from curation.schema import BASICS, PHASH_BYTES
+from curation import hamming as index
+from curation.dedup import COLUMNS, Dedup, bytes_of, color_values, find_duplicates, hamming
+from curation.groups import ranks, stars
+from curation.hamming import PHASH_BITS, near_pairs
+from curation.schema import BASICS
 
 
 def hashes_near(rng: np.random.Generator, size: int, centres: int, flips: int) -> np.ndarray:
@@ -51,16 +54,25 @@ def made_up(seed: int, size: int, centres: int) -> pa.Table:
 
 def groups_by_all_pairs(basics: pa.Table, description: Dedup) -> set[frozenset[str]]:
     """The definition, written out."""
-    rows = basics.filter(basics["error"].is_null())
+    rows = basics.filter(basics["error"].is_null()).sort_by("uid")
     uids, md5 = rows["uid"].to_pylist(), np.array(rows["md5"].to_pylist())
-    images, mirrors, colors = hash_words(rows["phash"]), hash_words(rows["phash_mirror"]), color_values(rows["colorhash"]).astype(int)
+    images, mirrors = bytes_of(rows["phash"]), bytes_of(rows["phash_mirror"])
+    colors = color_values(bytes_of(rows["colorhash"])).astype(int)
     telling = np.bitwise_count(images).sum(1) == 72
-    same = md5[:, None] == md5
+    same, near = md5[:, None] == md5, np.zeros((len(rows), len(rows)), bool)
     for i in range(len(rows)):
-        near = np.minimum(hamming(images, images[i]), np.minimum(hamming(images, mirrors[i]), hamming(mirrors, images[i])))
-        same[i] |= (near <= description.phash_bits) & (np.abs(colors - colors[i]).sum(1) <= description.color_steps) & telling & telling[i]
-    labels = connected_components(same, directed=False)[1]
-    found = [frozenset(uid for uid, label in zip(uids, labels, strict=True) if label == one) for one in set(labels.tolist())]
+        far = np.minimum(hamming(images, images[i]), np.minimum(hamming(images, mirrors[i]), hamming(mirrors, images[i])))
+        near[i] = (far <= description.phash_bits) & (np.abs(colors - colors[i]).sum(1) <= description.color_steps) & telling & telling[i]
+        equal = (images == images[i]).all(1) & (mirrors == mirrors[i]).all(1) & (colors == colors[i]).all(1)
+        same[i] |= equal & telling & telling[i]
+    for middle in range(len(rows)):  # equal to an equal one
+        same |= same[:, middle : middle + 1] & same[middle]
+    near = same | (same.astype(int) @ near @ same.astype(int) > 0)
+    group_of: dict[int, int] = {}
+    for i in np.argsort(ranks(rows)):  # best first: who is near no image that is kept, is kept
+        kept = [j for j in group_of if group_of[j] == j and near[i, j]]
+        group_of[i] = kept[0] if kept else i
+    found = [frozenset(uids[i] for i in group_of if group_of[i] == one) for one in set(group_of.values())]
     return {group for group in found if len(group) > 1}
 
 
@@ -92,17 +104,35 @@ def test_the_order_of_the_rows_changes_nothing_and_each_group_keeps_one(seed, si
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.integers(0, 2**32), st.integers(0, 30))
-def test_no_pair_within_the_threshold_is_left_out_of_the_candidates(seed, max_bits):
+@given(
+    st.integers(0, 2**32),
+    st.sampled_from([0, 1, 2, 5, 12, 13, 23, 40]),
+    st.integers(1, 5),
+    st.sampled_from([8, 1 << 18]),
+    st.integers(0, 24),
+)
+def test_exactly_the_pairs_within_the_threshold_are_found_each_once(seed, max_bits, equal, in_cache, num_asked):
     rng = np.random.default_rng(seed)
     bits = rng.integers(0, 2, (24, PHASH_BITS), dtype=np.uint8)
     for row in range(1, 24):  # a chain with steps on both sides of the threshold, at any places
         bits[row] = bits[row - 1]
         bits[row, rng.choice(PHASH_BITS, int(rng.integers(max_bits + 4)), replace=False)] ^= 1
-    packed = [row.tobytes() for row in np.packbits(bits, axis=1)]
-    words = hash_words(pa.chunked_array([pa.array(packed, pa.binary(PHASH_BYTES))]))
-    listed = {
-        tuple(sorted(pair)) for left, right in candidates(words, max_bits) for pair in zip(left.tolist(), right.tolist(), strict=True)
-    }
-    near = {(i, j) for i in range(24) for j in range(i + 1, 24) if (bits[i] != bits[j]).sum() <= max_bits}
-    assert near <= listed
+    with pytest.MonkeyPatch.context() as patch:  # every plan, whatever the number of rows would choose; in one piece and in many
+        patch.setattr(index, "plan_for", lambda num_rows, bits: index._plan(bits, min(equal, 2) if bits > 13 else equal))
+        patch.setattr(index, "IN_CACHE", in_cache)
+        left, right = near_pairs(np.packbits(bits, axis=1), max_bits, num_asked)
+    near = [(i, j) for i in range(num_asked) for j in range(i + 1, 24) if (bits[i] != bits[j]).sum() <= max_bits]
+    assert list(zip(left.tolist(), right.tolist(), strict=True)) == near
+
+
+@given(st.integers(0, 2**32), st.integers(1, 40), st.integers(0, 80))
+def test_each_member_of_a_star_is_a_neighbour_of_its_representative_and_no_two_representatives_are(seed, size, num_pairs):
+    rng = np.random.default_rng(seed)
+    left, right, rank = rng.integers(0, size, num_pairs), rng.integers(0, size, num_pairs), rng.permutation(size)
+    chosen = stars(left, right, rank)
+    pairs = {frozenset(pair) for pair in zip(left.tolist(), right.tolist(), strict=True)}
+    assert all(frozenset((i, int(chosen[i]))) in pairs and rank[chosen[i]] < rank[i] for i in range(size) if chosen[i] != i)
+    kept = [i for i in range(size) if chosen[i] == i]
+    assert not any(frozenset((i, j)) in pairs for i in kept for j in kept if i < j)
+    order = rng.permutation(num_pairs)
+    assert (chosen == stars(right[order], left[order], rank)).all()
