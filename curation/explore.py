@@ -19,13 +19,15 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from curation import plots
+from curation.compare import compare
 from curation.decode import DecodeError, decode
 from curation.faults import FAULTS
-from curation.judged import COMPARE, FAILS, funnel, judge, short
+from curation.judged import COMPARE, FAILS, described, funnel, judge, short
 from curation.plots import number
 from curation.printable import one_line
 from curation.shards import read_fingerprint
 from curation.sources import fetch, load_listing
+from curation.sweep import sweep
 
 # --- what is in a run folder ---
 
@@ -290,6 +292,19 @@ def plot_funnel(run: str, policy: str) -> Figure:
     rules = found["rules"]
     columns = {key: [rule[key] for rule in rules] for key in ("name", "kept_so_far", "failed", "failed_alone")}
     return plots.bars(columns["name"], columns["kept_so_far"], columns["failed"], columns["failed_alone"], found["num_images"])
+
+
+def plot_sweep(run: str, policy: str, what: str) -> Figure:
+    """How many images each threshold of a rule or a column would keep."""
+    return plots.sweeps(sweep(run, described(run, policy), what))
+
+
+def compared(run: str, a: str, b: str, n: int = 8) -> dict[str, Any]:
+    """What two policies that were run here keep, as `curation.compare.compare`, with items for contact sheets (only_a, only_b)."""
+    found = compare(run, described(run, a), described(run, b), n)
+    for side in ("only_a", "only_b"):
+        found[f"{side}_items"] = [{"uid": uid, "label": uid.rpartition("/")[2]} for uid in found[f"{side}_uids"]]
+    return found
 
 
 def plot_overlaps(run: str, policy: str) -> Figure:

@@ -43,12 +43,14 @@ SELECT
   greatest(least(border_top, border_bottom), least(border_left, border_right)) <= 0.02 AS no_border, -- 3: frames, letterboxes
   coalesce(jpeg_quality, 100) >= 60 AS not_crushed, -- 3: blocks and mosquito noise
   complexity <= 0.50 AS not_too_complex, -- 4: bytes per pixel as JPEG; only noise needs more at 1024 pixels
+  text_area <= 0.15 OR text_height_median * 1024 >= 8 OR missing('text_density') AS not_too_much_text, -- 4: small text over much of it
   CASE WHEN artifacts.error IS NULL AND artifacts.uid IS NOT NULL THEN num_tags IS NULL END AS no_artifact_tag -- 3: signed-off SAE features
 FROM basics
 LEFT JOIN buckets USING (uid)
 LEFT JOIN duplicates USING (uid)
 LEFT JOIN synthetic USING (uid)
 LEFT JOIN provenance USING (uid)
+LEFT JOIN text_density USING (uid)
 LEFT JOIN artifacts USING (uid)
 LEFT JOIN artifact_tags USING (uid)
 LEFT JOIN concepts USING (uid)

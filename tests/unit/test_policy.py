@@ -13,7 +13,7 @@ from curation.buckets import crop_box, nearest_bucket
 from curation.policy import WEIGHTS, Policy, Term, decide, read_tags, rules
 from curation.policy import select as write_selection
 from curation.rules import functions, parse
-from curation.schema import ARTIFACTS, BASICS, DUPLICATES, PROVENANCE, SELECTION, SYNTHETIC
+from curation.schema import ARTIFACTS, BASICS, DUPLICATES, PROVENANCE, SELECTION, SYNTHETIC, TEXT_DENSITY
 from curation.shards import write_table
 from pipelines import cli
 from pipelines.filter import POLICIES, find, ours
@@ -34,7 +34,7 @@ GOOD = {
     "jpeg_quality": 90,
 }
 HEADER = "-- resolution: 256\n"
-STAGES = ("duplicates", "synthetic", "artifacts", "provenance")
+STAGES = ("duplicates", "synthetic", "artifacts", "provenance", "text_density")
 CONCEPTS = pa.schema({"uid": pa.string(), "leaf": pa.int64(), "weight": pa.float64(), "draw": pa.float64(), "error": pa.string()})
 
 
@@ -48,6 +48,7 @@ def write_run(run: Path, images: dict[str, dict], stages: tuple[str, ...] = STAG
         "synthetic": (SYNTHETIC, {"p_synthetic": 0.1}),
         "artifacts": (ARTIFACTS, {"codes": []}),
         "provenance": (PROVENANCE, {"declared_ai": False}),
+        "text_density": (TEXT_DENSITY, {"text_area": 0.0, "text_height_median": 1.0}),
         "concepts": (CONCEPTS, {"leaf": 1, "weight": 0.5, "draw": 0.25}),
     }
     for stage in ("basics", *stages):
@@ -137,6 +138,7 @@ def test_each_rule_of_ours_removes_what_it_is_for_and_nothing_else_does(name, tm
         "no_border": {"border_left": 0.1, "border_right": 0.12},
         "not_crushed": {"jpeg_quality": 5},
         "not_too_complex": {"complexity": 0.6},
+        "not_too_much_text": {"text_area": 0.4, "text_height_median": 0.005},
         "no_artifact_tag": {"codes": [{"feature": 8, "value": 9.0}, {"feature": 7, "value": 2.0}]},
     }
     style = {
@@ -146,6 +148,8 @@ def test_each_rule_of_ours_removes_what_it_is_for_and_nothing_else_does(name, tm
         "png": {"jpeg_quality": None},
         "other_tag": {"codes": [{"feature": 8, "value": 9.0}]},
         "weak_tag": {"codes": [{"feature": 7, "value": 0.5}]},
+        "poster": {"text_area": 0.5, "text_height_median": 0.1},
+        "small_print": {"text_area": 0.1, "text_height_median": 0.005},
         "white_product": {"white_ratio": 0.6, "rgb_entropy": 2.0},
         "edge": {"width": resolution, "height": resolution},
     }
@@ -164,7 +168,7 @@ def test_complexity_and_compression_move_with_the_resolution_and_nothing_else_do
     policies = {r: find(f"pretrain_{r}") for r in (256, 512, 1024)}
     texts = {r: policy.sql[policy.sql.index("WITH ") :].splitlines() for r, policy in policies.items()}
     moved = [lines for lines in zip(*texts.values(), strict=True) if len(set(lines)) > 1]
-    assert [re.search(r"AS (\w+)", lines[0])[1] for lines in moved] == ["not_crushed", "not_too_complex"]
+    assert [re.search(r"AS (\w+)", lines[0])[1] for lines in moved] == ["not_crushed", "not_too_complex", "not_too_much_text"]
     for name in ("not_crushed", "not_too_complex"):  # the reason moves with the threshold, and the expression is otherwise the same
         terms = [{rule.name: rule for rule in rules(policy.sql)}[name].terms for policy in policies.values()]
         assert all(len(term) == 1 for term in terms) and len({(term[0].column, term[0].operator) for term in terms}) == 1
@@ -265,6 +269,31 @@ def test_a_missing_annotation_names_the_command_that_makes_it(stage, command, tm
         decide(run, find("pretrain_256"))
     with pytest.raises(FileNotFoundError, match="has no annotation basics; run `k2 annotate"):
         decide(tmp_path / "empty", find("pretrain_256"))
+
+
+def test_what_a_policy_can_do_without_is_said_and_only_where_it_is_missing(tmp_path, capsys):
+    lacking = write_run(tmp_path / "lacking", {"a": {}}, ("duplicates", "synthetic", "artifacts"))
+    assert cli.main(["filter", "--run", str(lacking), "--policy", "pretrain_256"]) == 0
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["num_kept"] == 1
+    assert "no such annotation: not_declared_ai (provenance), not_too_much_text (text_density)" in shown.err
+    # Where the annotation is there, what it does not know is unknown, and not kept.
+    unknown = write_run(tmp_path / "unknown", {"a": {"declared_ai": None}, "b": {}})
+    selection, funnel = select(unknown, find("pretrain_256"))
+    assert selection["uid"].to_pylist() == ["s/b"]
+    assert {rule["name"]: rule["unknown"] for rule in funnel["rules"]}["not_declared_ai"] == 1
+    assert not [rule for rule in funnel["rules"] if "without" in rule]
+
+
+def test_a_rule_that_asks_what_is_missing_keeps_its_threshold():
+    (rule,) = rules("SELECT uid, text_area <= 0.15 OR missing('text_density') AS plain FROM basics")
+    assert rule.terms == (Term("text_area", "<=", 0.15),) and rule.asks_missing == ("text_density",)
+
+
+def test_missing_takes_the_names_of_annotations(tmp_path):
+    run = write_run(tmp_path, {"a": {}})
+    with pytest.raises(ValueError, match=r"asks missing\('text_densty'\); did you mean 'text_density'\?"):
+        decide(run, Policy("p", HEADER + "SELECT uid, missing('text_densty') AS x FROM basics"), tmp_path)
 
 
 def test_tags_may_be_missing_or_only_a_header_and_a_wrong_file_is_named(tmp_path):
