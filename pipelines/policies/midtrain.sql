@@ -29,7 +29,7 @@ SELECT
   basics.error IS NULL AS decoded, -- 2: nothing can be said about a broken file
   num_topics IS NOT NULL OR chosen.leaf IS NOT NULL AS on_topic, -- top-down: a term in the caption, or a chosen concept
   dropped.leaf IS NULL AS not_dropped, -- 3: concepts that a person has looked at and left out
-  concepts.draw < concepts.weight AS not_over_represented, -- 1: head concepts are thinned by chance, rare ones stay whole
+  concepts.draw < 1.0 * concepts.weight AS not_over_represented, -- 1: frequent concepts are thinned by chance, rare ones stay
   caption_source <> 'name' AS captioned, -- 2: a file name made into words is no caption
   duplicates.representative AS not_duplicate, -- 1: of files that show the same picture, also mirrored, one stays
   synthetic.p_synthetic < 0.5 AS not_synthetic, -- 5: stricter than in pretraining
