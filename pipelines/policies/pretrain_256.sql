@@ -36,7 +36,7 @@ SELECT
   coalesce(jpeg_quality, 100) >= 10 AS not_crushed, -- 3: blocks that hide the picture even at 256 pixels
   complexity <= 0.30 AS not_too_complex, -- 4: bytes per pixel as JPEG; crowds, gravel and foliage turn to mush at 256 pixels
   text_area <= 0.15 OR text_height_median * 256 >= 8 OR missing('text_density') AS not_too_much_text, -- 4: small text over much of it
-  CASE WHEN artifacts.error IS NULL AND artifacts.uid IS NOT NULL THEN num_tags IS NULL END AS no_artifact_tag -- 3: SAE features signed off as artifacts
+  CASE WHEN artifacts.error IS NULL AND artifacts.uid IS NOT NULL THEN num_tags IS NULL END AS no_artifact_tag -- 3: signed-off SAE features
 FROM basics
 LEFT JOIN buckets USING (uid)
 LEFT JOIN duplicates USING (uid)

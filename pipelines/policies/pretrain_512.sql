@@ -25,7 +25,7 @@ SELECT
   coalesce(jpeg_quality, 100) >= 25 AS not_crushed, -- 3: blocks and mosquito noise that 512 pixels show
   complexity <= 0.38 AS not_too_complex, -- 4: bytes per pixel as JPEG; only the densest textures turn to mush at 512 pixels
   text_area <= 0.15 OR text_height_median * 512 >= 8 OR missing('text_density') AS not_too_much_text, -- 4: small text over much of it
-  CASE WHEN artifacts.error IS NULL AND artifacts.uid IS NOT NULL THEN num_tags IS NULL END AS no_artifact_tag -- 3: SAE features signed off as artifacts
+  CASE WHEN artifacts.error IS NULL AND artifacts.uid IS NOT NULL THEN num_tags IS NULL END AS no_artifact_tag -- 3: signed-off SAE features
 FROM basics
 LEFT JOIN buckets USING (uid)
 LEFT JOIN duplicates USING (uid)
