@@ -20,12 +20,15 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from curation import plots
+from curation.compare import compare
 from curation.decode import DecodeError, decode
 from curation.faults import FAULTS
-from curation.judged import COMPARE, FAILS, funnel, judge, short
+from curation.judged import COMPARE, FAILS, described, funnel, judge, short
 from curation.plots import number
+from curation.printable import one_line
 from curation.shards import read_fingerprint
 from curation.sources import SourceChangedError, fetch, load_listing
+from curation.sweep import sweep
 
 # --- what is in a run folder ---
 
@@ -62,7 +65,7 @@ def table(rows: Sequence[dict[str, Any]], columns: Sequence[str] | None = None) 
 def _escaped(value: Any) -> str:
     if isinstance(value, int | float):
         return number(value)
-    text = html.escape("" if value is None else str(value)).replace("\n", " ")
+    text = html.escape("" if value is None else one_line(str(value)))
     return re.sub(r"([\\`*_\[\]|~$])", r"\\\1", text)
 
 
@@ -258,7 +261,7 @@ def contact_sheet(images: Sequence[Image.Image], labels: Sequence[str] = (), col
         left, top = gap + (i % columns) * (size + gap), gap + (i // columns) * (size + line + gap)
         small = ImageOps.contain(image.convert("RGB"), (size, size), Image.Resampling.LANCZOS)
         sheet.paste(small, (left + (size - small.width) // 2, top + size - small.height))
-        text = label.encode("latin-1", "replace").decode("latin-1")  # the bundled font has no more
+        text = one_line(label).encode("latin-1", "replace").decode("latin-1")  # the bundled font has no more
         while text and draw.textlength(text, font=font) > size:
             text = text[:-4] + "..." if len(text) > 4 else ""
         draw.text((left, top + size + 2), text, fill=plots.INK, font=font)
@@ -299,6 +302,19 @@ def plot_funnel(run: str, policy: str) -> Figure:
     rules = found["rules"]
     columns = {key: [rule[key] for rule in rules] for key in ("name", "kept_so_far", "failed", "failed_alone")}
     return plots.bars(columns["name"], columns["kept_so_far"], columns["failed"], columns["failed_alone"], found["num_images"])
+
+
+def plot_sweep(run: str, policy: str, what: str) -> Figure:
+    """How many images each threshold of a rule or a column would keep."""
+    return plots.sweeps(sweep(run, described(run, policy), what))
+
+
+def compared(run: str, a: str, b: str, n: int = 8) -> dict[str, Any]:
+    """What two policies that were run here keep, as `curation.compare.compare`, with items for contact sheets (only_a, only_b)."""
+    found = compare(run, described(run, a), described(run, b), n)
+    for side in ("only_a", "only_b"):
+        found[f"{side}_items"] = [{"uid": uid, "label": uid.rpartition("/")[2]} for uid in found[f"{side}_uids"]]
+    return found
 
 
 def plot_overlaps(run: str, policy: str) -> Figure:

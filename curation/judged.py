@@ -87,8 +87,13 @@ def _judge(run: str, policy: Policy, version: str) -> Judged:
 
 def judge(run: str, policy: str) -> Judged:
     """Every image as a policy sees it, by the text of the policy that `k2 filter` kept in the funnel."""
-    described = Policy(policy, funnel(run, policy)["sql"])
-    return _judge(str(run), described, made_by(run, described))
+    chosen = described(run, policy)
+    return _judge(str(run), chosen, made_by(run, chosen))
+
+
+def described(run: str, policy: str) -> Policy:
+    """A policy that was run here, with the text that it had then."""
+    return Policy(policy, funnel(run, policy)["sql"])
 
 
 def short(column: str) -> str:

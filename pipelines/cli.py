@@ -6,10 +6,11 @@ Exit codes: 0 done, 1 some items failed (run the same command again), 2 wrong ar
 import importlib
 import logging
 import sys
-import unicodedata
 from collections.abc import Callable, Sequence
 
 import tyro
+
+from curation.printable import printable
 
 VERBS = {
     "demo": "the whole way on a small set of images, then report.html; works offline",
@@ -43,14 +44,6 @@ def call(function: Callable[..., int | None] | dict[str, Callable[..., int | Non
         print(f"{prog}: stopped; the same command goes on from here", file=sys.stderr)
         return 130
     return int(code or 0)
-
-
-def printable(text: str) -> str:
-    """A text for a terminal: uids and captions are anybody's, so control, escape and direction codes are shown and not obeyed."""
-    return "".join(
-        letter if letter == "\n" or unicodedata.category(letter) not in ("Cc", "Cf", "Cs", "Zl", "Zp") else ascii(letter)[1:-1]
-        for letter in text
-    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

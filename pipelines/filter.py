@@ -12,10 +12,11 @@ from typing import Any
 from curation.compare import compare as compared
 from curation.explain import explain as explained
 from curation.policy import select
+from curation.printable import one_line, printable
 from curation.rules import Policy
 from curation.shards import write_bytes, write_json
 from curation.sweep import sweep as swept
-from pipelines.cli import call, printable
+from pipelines.cli import call
 
 POLICIES = Path(__file__).parent / "policies"
 
@@ -99,7 +100,7 @@ def listing() -> str:
     for name in ours():
         head = [line.removeprefix("--").strip() for line in find(name).sql.splitlines() if line.startswith("--")]
         text = " ".join(line for line in head if line and not line.startswith("resolution:"))
-        lines.append(f"{name:<22} {re.split(r'(?<=[.:]) ', text)[0]}\n")
+        lines.append(f"{name:<22} {re.split(r'[.:] ', text + ' ')[0]}\n")
     return "".join(lines)
 
 
@@ -127,7 +128,7 @@ def table(funnel: dict[str, Any]) -> str:
 
 def lined(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
     """Rows as columns of text; the columns in `right` end at one edge."""
-    rows = [[printable(str(cell)).replace("\n", " ") for cell in row] for row in rows]
+    rows = [[one_line(str(cell)) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = (
         "  ".join(f"{cell:>{width}}" if i in right else f"{cell:<{width}}" for i, (cell, width) in enumerate(zip(row, widths, strict=True)))

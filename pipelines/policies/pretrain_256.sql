@@ -7,6 +7,9 @@
 -- Every rule names the one that it serves. Motion blur, soft focus, grain, odd framing, black and white are style: no rule looks
 -- at sharpness from below, and none at an aesthetic score. An image is kept when every rule is true; NULL is unknown, not kept.
 --
+-- `OR missing('x')` keeps every image on this account where the run has no annotation x; `k2 filter` then says so. Where x is
+-- there, what it does not know of an image is unknown. A rule without it needs its annotation.
+--
 -- The report gives no threshold. These were set by looking at the images on both sides of each, among 1,021 of 28 sources
 -- (docs/log.md). Flat backgrounds need care: K2's model painted flat backgrounds and borders until such images were gone, but
 -- product photographs, drawings and galaxies are worth keeping. So only images that are nearly all background go.
@@ -21,6 +24,7 @@ SELECT
   basics.error IS NULL AS decoded, -- 2: nothing can be said about a broken file
   duplicates.representative AS not_duplicate, -- 1: of files that show the same picture, also mirrored, one stays
   synthetic.p_synthetic < 0.76 AS not_synthetic, -- 5: easier to learn than real ones; at 0.76 synthetic-effnet loses 5 % of unseen reals
+  NOT declared_ai OR missing('provenance') AS not_declared_ai, -- 5: the file itself says that a model made it
   buckets.scale >= 1 AS large_enough, -- 3: an enlarged image teaches softness as if it were detail
   width / height BETWEEN 0.4 AND 2.5 AS aspect_ok, -- 2: beyond it the crop to 1:2 cuts away what the caption speaks of
   laplacian_var < 12000 AS not_noise, -- 3: noise and extreme texture; nearly all sharp photographs stay below
@@ -31,10 +35,13 @@ SELECT
   greatest(least(border_top, border_bottom), least(border_left, border_right)) <= 0.05 AS no_border, -- 3: frames, letterboxes
   coalesce(jpeg_quality, 100) >= 10 AS not_crushed, -- 3: blocks that hide the picture even at 256 pixels
   complexity <= 0.30 AS not_too_complex, -- 4: bytes per pixel as JPEG; crowds, gravel and foliage turn to mush at 256 pixels
-  CASE WHEN artifacts.error IS NULL AND artifacts.uid IS NOT NULL THEN num_tags IS NULL END AS no_artifact_tag -- 3: SAE features signed off as artifacts
+  text_area <= 0.15 OR text_height_median * 256 >= 8 OR missing('text_density') AS not_too_much_text, -- 4: small text over much of it
+  CASE WHEN artifacts.error IS NULL AND artifacts.uid IS NOT NULL THEN num_tags IS NULL END AS no_artifact_tag -- 3: signed-off SAE features
 FROM basics
 LEFT JOIN buckets USING (uid)
 LEFT JOIN duplicates USING (uid)
 LEFT JOIN synthetic USING (uid)
+LEFT JOIN provenance USING (uid)
+LEFT JOIN text_density USING (uid)
 LEFT JOIN artifacts USING (uid)
 LEFT JOIN artifact_tags USING (uid)

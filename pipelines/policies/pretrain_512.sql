@@ -13,6 +13,7 @@ SELECT
   basics.error IS NULL AS decoded, -- 2: nothing can be said about a broken file
   duplicates.representative AS not_duplicate, -- 1: of files that show the same picture, also mirrored, one stays
   synthetic.p_synthetic < 0.76 AS not_synthetic, -- 5: easier to learn than real ones; at 0.76 synthetic-effnet loses 5 % of unseen reals
+  NOT declared_ai OR missing('provenance') AS not_declared_ai, -- 5: the file itself says that a model made it
   buckets.scale >= 1 AS large_enough, -- 3: an enlarged image teaches softness as if it were detail
   width / height BETWEEN 0.4 AND 2.5 AS aspect_ok, -- 2: beyond it the crop to 1:2 cuts away what the caption speaks of
   laplacian_var < 12000 AS not_noise, -- 3: noise and extreme texture; nearly all sharp photographs stay below
@@ -23,10 +24,13 @@ SELECT
   greatest(least(border_top, border_bottom), least(border_left, border_right)) <= 0.05 AS no_border, -- 3: frames, letterboxes
   coalesce(jpeg_quality, 100) >= 25 AS not_crushed, -- 3: blocks and mosquito noise that 512 pixels show
   complexity <= 0.38 AS not_too_complex, -- 4: bytes per pixel as JPEG; only the densest textures turn to mush at 512 pixels
-  CASE WHEN artifacts.error IS NULL AND artifacts.uid IS NOT NULL THEN num_tags IS NULL END AS no_artifact_tag -- 3: SAE features signed off as artifacts
+  text_area <= 0.15 OR text_height_median * 512 >= 8 OR missing('text_density') AS not_too_much_text, -- 4: small text over much of it
+  CASE WHEN artifacts.error IS NULL AND artifacts.uid IS NOT NULL THEN num_tags IS NULL END AS no_artifact_tag -- 3: signed-off SAE features
 FROM basics
 LEFT JOIN buckets USING (uid)
 LEFT JOIN duplicates USING (uid)
 LEFT JOIN synthetic USING (uid)
+LEFT JOIN provenance USING (uid)
+LEFT JOIN text_density USING (uid)
 LEFT JOIN artifacts USING (uid)
 LEFT JOIN artifact_tags USING (uid)

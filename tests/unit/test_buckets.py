@@ -1,11 +1,13 @@
 """Aspect buckets and crops."""
 
+import duckdb
 import numpy as np
+import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from curation.buckets import STEP, buckets, crop_box, nearest_bucket, place
+from curation.buckets import STEP, buckets, crop_box, nearest_bucket, place, place_sql
 
 resolutions = st.integers(16, 96).map(lambda n: n * STEP)
 sides = st.integers(1, 20_000)
@@ -62,6 +64,19 @@ def test_many_images_are_placed_as_one_by_one(images, resolution):
     for i, (height, width) in enumerate(images):
         bucket = nearest_bucket(height, width, resolution)
         assert tuple(int(column[i]) for column in placed) == (*bucket, *crop_box(height, width, *bucket))
+
+
+@settings(deadline=None, max_examples=50)  # DuckDB starts anew each time
+@given(st.lists(st.tuples(st.integers(1, 2**28), st.integers(1, 2**28)) | st.tuples(sides, sides), min_size=1, max_size=40), resolutions)
+def test_the_sql_places_images_as_the_arrays_do(images, resolution):
+    heights, widths = np.array(images).T
+    table = pa.table({"uid": range(len(images)), "height": heights.astype(np.int32), "width": widths.astype(np.int32)})
+    con = duckdb.connect()
+    con.register("images", table)
+    rows = con.sql(f"SELECT * FROM ({place_sql(resolution, 'images')}) ORDER BY uid").fetchnumpy()
+    placed = place(heights, widths, resolution)
+    for name, values in (placed._asdict() | {"scale": placed.scale}).items():
+        np.testing.assert_array_equal(rows[name], values, name)
 
 
 def test_the_scale_says_where_an_image_would_be_enlarged():

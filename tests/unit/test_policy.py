@@ -1,19 +1,22 @@
 """Policies: what the SQL says, what it decides, and what its errors say."""
 
 import json
+import re
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from sqlglot import exp
 
 from curation.buckets import crop_box, nearest_bucket
 from curation.policy import WEIGHTS, Policy, Term, decide, read_tags, rules
 from curation.policy import select as write_selection
-from curation.schema import ARTIFACTS, BASICS, DUPLICATES, SELECTION, SYNTHETIC
+from curation.rules import functions, parse
+from curation.schema import ARTIFACTS, BASICS, DUPLICATES, PROVENANCE, SELECTION, SYNTHETIC, TEXT_DENSITY
 from curation.shards import write_table
 from pipelines import cli
-from pipelines.filter import POLICIES, find
+from pipelines.filter import POLICIES, find, ours
 
 GOOD = {
     "shard": "s",
@@ -31,9 +34,11 @@ GOOD = {
     "jpeg_quality": 90,
 }
 HEADER = "-- resolution: 256\n"
+STAGES = ("duplicates", "synthetic", "artifacts", "provenance", "text_density")
+CONCEPTS = pa.schema({"uid": pa.string(), "leaf": pa.int64(), "weight": pa.float64(), "draw": pa.float64(), "error": pa.string()})
 
 
-def write_run(run: Path, images: dict[str, dict], stages: tuple[str, ...] = ("duplicates", "synthetic", "artifacts")) -> Path:
+def write_run(run: Path, images: dict[str, dict], stages: tuple[str, ...] = STAGES) -> Path:
     """Annotations of made-up images: good ones, but for the values given. A value of another annotation is named as there."""
     rows = [{"uid": f"s/{key}", "key": key} | ({} if "error" in image else GOOD) | image for key, image in images.items()]
     rows = [row | {"shard": "s"} for row in rows]
@@ -42,6 +47,9 @@ def write_run(run: Path, images: dict[str, dict], stages: tuple[str, ...] = ("du
         "duplicates": (DUPLICATES, {"representative": True}),
         "synthetic": (SYNTHETIC, {"p_synthetic": 0.1}),
         "artifacts": (ARTIFACTS, {"codes": []}),
+        "provenance": (PROVENANCE, {"declared_ai": False}),
+        "text_density": (TEXT_DENSITY, {"text_area": 0.0, "text_height_median": 1.0}),
+        "concepts": (CONCEPTS, {"leaf": 1, "weight": 0.5, "draw": 0.25}),
     }
     for stage in ("basics", *stages):
         schema, usual = one_each[stage]
@@ -119,6 +127,7 @@ def test_each_rule_of_ours_removes_what_it_is_for_and_nothing_else_does(name, tm
         "decoded": {"error": "broken"},
         "not_duplicate": {"representative": False},
         "not_synthetic": {"p_synthetic": 0.9},
+        "not_declared_ai": {"declared_ai": True},
         "large_enough": {"width": resolution - 1, "height": resolution - 1},
         "aspect_ok": {"width": 8000, "height": 3000},
         "not_noise": {"laplacian_var": 30_000.0},
@@ -129,6 +138,7 @@ def test_each_rule_of_ours_removes_what_it_is_for_and_nothing_else_does(name, tm
         "no_border": {"border_left": 0.1, "border_right": 0.12},
         "not_crushed": {"jpeg_quality": 5},
         "not_too_complex": {"complexity": 0.6},
+        "not_too_much_text": {"text_area": 0.4, "text_height_median": 0.005},
         "no_artifact_tag": {"codes": [{"feature": 8, "value": 9.0}, {"feature": 7, "value": 2.0}]},
     }
     style = {
@@ -138,6 +148,8 @@ def test_each_rule_of_ours_removes_what_it_is_for_and_nothing_else_does(name, tm
         "png": {"jpeg_quality": None},
         "other_tag": {"codes": [{"feature": 8, "value": 9.0}]},
         "weak_tag": {"codes": [{"feature": 7, "value": 0.5}]},
+        "poster": {"text_area": 0.5, "text_height_median": 0.1},
+        "small_print": {"text_area": 0.1, "text_height_median": 0.005},
         "white_product": {"white_ratio": 0.6, "rgb_entropy": 2.0},
         "edge": {"width": resolution, "height": resolution},
     }
@@ -153,21 +165,33 @@ def test_each_rule_of_ours_removes_what_it_is_for_and_nothing_else_does(name, tm
 
 
 def test_complexity_and_compression_move_with_the_resolution_and_nothing_else_does():
-    terms = [{rule.name: rule for rule in rules(find(f"pretrain_{r}").sql)} for r in (256, 512, 1024)]
-    assert all(low.keys() == terms[0].keys() for low in terms)
-    moved = {name for name in terms[0] if len({phase[name].expression for phase in terms}) > 1}
-    assert moved == {"not_crushed", "not_too_complex"}
-    complexity = [phase["not_too_complex"].terms[0].threshold for phase in terms]
-    quality = [phase["not_crushed"].terms[0].threshold for phase in terms]
-    assert complexity == sorted(complexity) and quality == sorted(quality)
+    policies = {r: find(f"pretrain_{r}") for r in (256, 512, 1024)}
+    texts = {r: policy.sql[policy.sql.index("WITH ") :].splitlines() for r, policy in policies.items()}
+    moved = [lines for lines in zip(*texts.values(), strict=True) if len(set(lines)) > 1]
+    assert [re.search(r"AS (\w+)", lines[0])[1] for lines in moved] == ["not_crushed", "not_too_complex", "not_too_much_text"]
+    for name in ("not_crushed", "not_too_complex"):  # the reason moves with the threshold, and the expression is otherwise the same
+        terms = [{rule.name: rule for rule in rules(policy.sql)}[name].terms for policy in policies.values()]
+        assert all(len(term) == 1 for term in terms) and len({(term[0].column, term[0].operator) for term in terms}) == 1
+        thresholds = [term[0].threshold for term in terms]
+        assert thresholds == sorted(set(thresholds))
 
 
-def test_our_policies_look_at_no_sharpness_from_below_and_only_at_what_both_recipes_write(tmp_path):
+@pytest.mark.parametrize("name", ours())
+def test_a_score_may_drop_the_extremely_poor_and_never_ranks(name):
+    """K2 report, "Data Curation Principles": a good mix does not consist of high quality images alone."""
+    query = parse(find(name).sql)
+    ranking = (exp.Order, exp.Limit, exp.Window, exp.Qualify, exp.Fetch, exp.TableSample, exp.ArgMax, exp.ArgMin)
+    assert not [node.sql() for node in query.find_all(*ranking)]
+    assert not functions(find(name).sql) & {"quantile", "quantile_cont", "percentile_cont", "median", "max_by", "min_by", "top_k"}
+
+
+def test_our_policies_look_at_no_sharpness_from_below_and_at_no_tower(tmp_path):
     for path in POLICIES.glob("*.sql"):
         policy = find(path.stem)
         for rule in rules(policy.sql):
             assert not any(term.column == "laplacian_var" and term.operator in (">", ">=") for term in rule.terms)
-        assert len(decide(write_run(tmp_path / path.stem, {"a": {}}), policy)) == 1  # with no tower's annotation there
+        run = write_run(tmp_path / path.stem, {"a": {}}, (*STAGES, "concepts"))
+        assert len(decide(run, policy)) == 1  # with no tower's annotation there
 
 
 # --- what it decides ---
@@ -240,11 +264,36 @@ def test_the_line_of_a_syntax_error_is_the_line_of_the_file(tmp_path):
     ("stage", "command"), [("duplicates", "k2 dedup --run {run}"), ("synthetic", "k2 annotate --source ... --out {run}")]
 )
 def test_a_missing_annotation_names_the_command_that_makes_it(stage, command, tmp_path):
-    run = write_run(tmp_path, {"a": {}}, tuple(s for s in ("duplicates", "synthetic", "artifacts") if s != stage))
+    run = write_run(tmp_path, {"a": {}}, tuple(s for s in STAGES if s != stage))
     with pytest.raises(FileNotFoundError, match=f"needs the annotation {stage}.*run `{command.format(run=run)}` first"):
         decide(run, find("pretrain_256"))
     with pytest.raises(FileNotFoundError, match="has no annotation basics; run `k2 annotate"):
         decide(tmp_path / "empty", find("pretrain_256"))
+
+
+def test_what_a_policy_can_do_without_is_said_and_only_where_it_is_missing(tmp_path, capsys):
+    lacking = write_run(tmp_path / "lacking", {"a": {}}, ("duplicates", "synthetic", "artifacts"))
+    assert cli.main(["filter", "--run", str(lacking), "--policy", "pretrain_256"]) == 0
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["num_kept"] == 1
+    assert "no such annotation: not_declared_ai (provenance), not_too_much_text (text_density)" in shown.err
+    # Where the annotation is there, what it does not know is unknown, and not kept.
+    unknown = write_run(tmp_path / "unknown", {"a": {"declared_ai": None}, "b": {}})
+    selection, funnel = select(unknown, find("pretrain_256"))
+    assert selection["uid"].to_pylist() == ["s/b"]
+    assert {rule["name"]: rule["unknown"] for rule in funnel["rules"]}["not_declared_ai"] == 1
+    assert not [rule for rule in funnel["rules"] if "without" in rule]
+
+
+def test_a_rule_that_asks_what_is_missing_keeps_its_threshold():
+    (rule,) = rules("SELECT uid, text_area <= 0.15 OR missing('text_density') AS plain FROM basics")
+    assert rule.terms == (Term("text_area", "<=", 0.15),) and rule.asks_missing == ("text_density",)
+
+
+def test_missing_takes_the_names_of_annotations(tmp_path):
+    run = write_run(tmp_path, {"a": {}})
+    with pytest.raises(ValueError, match=r"asks missing\('text_densty'\); did you mean 'text_density'\?"):
+        decide(run, Policy("p", HEADER + "SELECT uid, missing('text_densty') AS x FROM basics"), tmp_path)
 
 
 def test_tags_may_be_missing_or_only_a_header_and_a_wrong_file_is_named(tmp_path):
@@ -287,7 +336,7 @@ def test_a_policy_is_a_name_of_ours_or_a_file(tmp_path, capsys):
     mine.write_text(HEADER + "SELECT uid, true AS yes FROM basics")
     assert find(str(mine)).name == "mine"
     assert cli.main(["filter", "--run", str(tmp_path), "--policy", "pretrain_265"]) == 2
-    assert "did you mean 'pretrain_256'? choose from pretrain_256, pretrain_512, pretrain_1024" in capsys.readouterr().err
+    assert "did you mean 'pretrain_256'? choose from pretrain_256, pretrain_512, pretrain_1024, audit, " in capsys.readouterr().err
     with pytest.raises(ValueError, match="there is no such file"):
         find("none.sql")
     (tmp_path / "pretrain_256.sql").write_text(mine.read_text())

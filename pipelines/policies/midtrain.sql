@@ -1,0 +1,59 @@
+-- resolution: 1024
+--
+-- Midtraining chooses top-down: the domains first, then their images, under stricter floors than pretraining (report, "Midtraining
+-- Data"). Edit the three lists; copy this file with `k2 filter --template midtrain > mine.sql`. Concepts are the leaf clusters of
+-- the annotation `concepts`: look at their images before you name them here, as K2's people did. The floors still only drop what is
+-- poor; no score ranks images, and what a rare domain has is not cut to its best.
+WITH terms(topic, term) AS (VALUES -- whole words or phrases in lower case, looked for in captions
+  ('text', 'poster'), ('text', 'sign'), ('text', 'logo'), ('text', 'book cover'), ('text', 'letters'), ('text', 'label'),
+  ('people', 'portrait'), ('people', 'person'), ('people', 'people'), ('people', 'man'), ('people', 'woman'), ('people', 'child'),
+  ('places', 'building'), ('places', 'street'), ('places', 'interior'), ('places', 'landscape'), ('places', 'bridge'),
+  ('art', 'painting'), ('art', 'drawing'), ('art', 'illustration'), ('art', 'sculpture'), ('art', 'print')
+),
+chosen(leaf) AS (VALUES (-1)), -- concepts to take whole, whatever the captions say; -1 is none
+dropped(leaf, why) AS (VALUES (-1, 'no such concept')), -- concepts to leave out whole
+mentions AS (
+  SELECT spoken.uid, count(DISTINCT topic) AS num_topics
+  FROM (SELECT uid, ' ' || regexp_replace(lower(caption), '[^\p{L}\p{N}]+', ' ', 'g') || ' ' AS words FROM basics) AS spoken
+  JOIN terms ON contains(spoken.words, ' ' || terms.term || ' ')
+  GROUP BY spoken.uid
+),
+artifact_tags AS (
+  SELECT fired.uid, count(*) AS num_tags
+  FROM (SELECT uid, unnest(codes, recursive := true) FROM artifacts) AS fired
+  JOIN tags ON tags.model = 'sae-effnet' AND tags.verdict = 'artifact' AND tags.feature = fired.feature AND fired.value > tags.threshold
+  GROUP BY fired.uid
+)
+SELECT
+  basics.uid,
+  basics.error IS NULL AS decoded, -- 2: nothing can be said about a broken file
+  num_topics IS NOT NULL OR chosen.leaf IS NOT NULL AS on_topic, -- top-down: a term in the caption, or a chosen concept
+  dropped.leaf IS NULL AS not_dropped, -- 3: concepts that a person has looked at and left out
+  concepts.draw < 1.0 * concepts.weight AS not_over_represented, -- 1: frequent concepts are thinned by chance, rare ones stay
+  caption_source <> 'name' AS captioned, -- 2: a file name made into words is no caption
+  duplicates.representative AS not_duplicate, -- 1: of files that show the same picture, also mirrored, one stays
+  synthetic.p_synthetic < 0.5 AS not_synthetic, -- 5: stricter than in pretraining
+  NOT declared_ai OR missing('provenance') AS not_declared_ai, -- 5: the file itself says that a model made it
+  buckets.scale >= 1 AS large_enough, -- 3: an enlarged image teaches softness as if it were detail
+  width / height BETWEEN 0.45 AND 2.25 AS aspect_ok, -- 2: little of the picture may be cut away
+  laplacian_var < 8000 AS not_noise, -- 3: noise and extreme texture
+  rgb_entropy >= 2.2 AS not_flat, -- 3: one colour with little on it
+  white_ratio <= 0.6 AS not_white, -- 3: small things on white
+  black_ratio <= 0.75 AS not_black, -- 3: small things on black
+  greatest(least(border_top, border_bottom), least(border_left, border_right)) <= 0.02 AS no_border, -- 3: frames, letterboxes
+  coalesce(jpeg_quality, 100) >= 60 AS not_crushed, -- 3: blocks and mosquito noise
+  complexity <= 0.50 AS not_too_complex, -- 4: bytes per pixel as JPEG; only noise needs more at 1024 pixels
+  text_area <= 0.15 OR text_height_median * 1024 >= 8 OR missing('text_density') AS not_too_much_text, -- 4: small text over much of it
+  CASE WHEN artifacts.error IS NULL AND artifacts.uid IS NOT NULL THEN num_tags IS NULL END AS no_artifact_tag -- 3: signed-off SAE features
+FROM basics
+LEFT JOIN buckets USING (uid)
+LEFT JOIN duplicates USING (uid)
+LEFT JOIN synthetic USING (uid)
+LEFT JOIN provenance USING (uid)
+LEFT JOIN text_density USING (uid)
+LEFT JOIN artifacts USING (uid)
+LEFT JOIN artifact_tags USING (uid)
+LEFT JOIN concepts USING (uid)
+LEFT JOIN chosen ON chosen.leaf = concepts.leaf
+LEFT JOIN dropped ON dropped.leaf = concepts.leaf
+LEFT JOIN mentions USING (uid)
