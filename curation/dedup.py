@@ -109,13 +109,12 @@ def _same(
     md5: np.ndarray, images: np.ndarray, mirrors: np.ndarray, colors: np.ndarray, description: Dedup, search: Search
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Labels (N,) of images that are equal by md5 or by all their hashes, and pairs (left, right) of labels that are near."""
-    # Where many coefficients are equal (a flat or nearly empty picture) the median splits them unevenly, and the bits say nothing.
-    telling = np.flatnonzero(np.bitwise_count(images).sum(1, dtype=np.int64) == PHASH_BITS // 2)
+    says = np.flatnonzero(telling(images))
     # The search needs one of the files with the same hashes, or ten thousand copies would be 50 million pairs.
-    hashes = np.hstack([images, mirrors, colors])[telling]
+    hashes = np.hstack([images, mirrors, colors])[says]
     code = codes(pa.FixedSizeBinaryArray.from_buffers(pa.binary(hashes.shape[1]), len(hashes), [None, pa.py_buffer(hashes)]))
-    one = telling[_first(code)]
-    labels = join(len(md5), np.concatenate([np.arange(len(md5)), telling]), np.concatenate([_first(md5)[md5], one[code]]))
+    one = says[_first(code)]
+    labels = join(len(md5), np.concatenate([np.arange(len(md5)), says]), np.concatenate([_first(md5)[md5], one[code]]))
 
     entries = np.concatenate([images[one], mirrors[one]])  # a mirrored copy is one whose phash is near another's mirror
     left, right = search(entries, description.phash_bits, len(one))
@@ -126,6 +125,14 @@ def _same(
         steps = np.abs(color_values(colors[left[piece]]).astype(np.int64) - color_values(colors[right[piece]])).sum(1)
         near[piece] = steps <= description.color_steps
     return labels, labels[left[near]], labels[right[near]]
+
+
+def telling(images: np.ndarray) -> np.ndarray:
+    """Whether (N,) the bits of uint8 (N, 18) phashes say something.
+
+    Where many coefficients are equal (a flat or nearly empty picture) the median splits them unevenly, and all such look alike.
+    """
+    return np.bitwise_count(images).sum(1, dtype=np.int64) == PHASH_BITS // 2
 
 
 def _first(code: np.ndarray) -> np.ndarray:
