@@ -38,9 +38,9 @@ def levels_for(num_images: int) -> tuple[int, ...]:
 def check_levels(levels: tuple[int, ...], num_images: int) -> None:
     """Raises ValueError where levels do not fall, or there are more leaves than images."""
     if not levels or min(levels) < 1 or any(a < b for a, b in pairwise(levels)):
-        raise ValueError(f"--concepts {levels}: give clusters per level, the finest first, as 512 64 8")
+        raise ValueError(f"--levels {levels}: give clusters per level, the finest first, as 512 64 8")
     if levels[0] > num_images:
-        raise ValueError(f"--concepts {levels}: more leaves than the {num_images} images that have a vector")
+        raise ValueError(f"--levels {levels}: more leaves than the {num_images} images that have a vector")
 
 
 @dataclass(frozen=True, eq=False)

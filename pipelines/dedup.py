@@ -1,8 +1,10 @@
 """`k2 dedup`: duplicate groups, semantic groups and concepts of a run, as annotations."""
 
+import contextlib
 import json
 import shutil
 import sys
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -109,6 +111,8 @@ class How:
                 pass
         found = job.result()
         shutil.rmtree(job.folder)
+        with contextlib.suppress(OSError):  # another search is under way there
+            job.folder.parent.rmdir()
         return found
 
 
@@ -116,9 +120,13 @@ def _same(function: Any) -> Any:
     return function
 
 
+def _since(start: float) -> float:
+    return round(time.perf_counter() - start, 2)
+
+
 def _duplicates(how: How) -> pa.Table:
     description, files = Dedup(), annotation_files(how.run)
-    path, fingerprint = how.out("duplicates"), made_by(files, description)
+    path, fingerprint, start = how.out("duplicates"), made_by(files, description), time.perf_counter()
     if read_fingerprint(path) == fingerprint:
         print(json.dumps({"duplicates": path, "done": "before"}))
         return pq.read_table(path)
@@ -147,6 +155,7 @@ def _duplicates(how: How) -> pa.Table:
         "groups": pc.count_distinct(table["group"]).as_py(),
         "exact": kinds.count("exact"),
         "perceptual": kinds.count("perceptual"),
+        "seconds": _since(start),
     }
     print(json.dumps(summary))
     return table
@@ -155,6 +164,7 @@ def _duplicates(how: How) -> pa.Table:
 def _semantic(how: How, duplicates: pa.Table, description: semantic.Semantic) -> None:
     files, basics = annotation_files(how.run, description.tower), annotation_files(how.run)
     path, fingerprint = how.out("semantic"), made_by([*basics, *files], {"semantic": description, "duplicates": Dedup()})
+    start = time.perf_counter()
     if read_fingerprint(path) == fingerprint:
         print(json.dumps({"semantic": path, "done": "before"}))
         return
@@ -175,7 +185,7 @@ def _semantic(how: How, duplicates: pa.Table, description: semantic.Semantic) ->
     write_table(table, path, fingerprint)
     extra = pc.sum(pc.equal(table["representative"], False)).as_py() or 0
     summary = {"semantic": path, "tower": description.tower, "cosine": description.cosine, "compared": total, "pairs": len(found.left)}
-    print(json.dumps(summary | {"groups": pc.count_distinct(table["group"]).as_py(), "extra": extra}))
+    print(json.dumps(summary | {"groups": pc.count_distinct(table["group"]).as_py(), "extra": extra, "seconds": _since(start)}))
 
 
 def _near_vectors(how: How, vectors: "Vectors", compare: np.ndarray, description: semantic.Semantic, fingerprint: str) -> semantic.Found:
@@ -194,7 +204,7 @@ def _concepts(how: How, tower: str, levels: tuple[int, ...]) -> None:
     files = annotation_files(how.run, tower)
     kept = [Path(how.out("duplicates")), Path(how.out("semantic"))]
     path, wanted = how.out("concepts"), {"concepts": tower, "levels": levels, "version": concepts.Concepts.version}
-    fingerprint = made_by([*files, *kept], wanted)
+    fingerprint, start = made_by([*files, *kept], wanted), time.perf_counter()
     if read_fingerprint(path) == fingerprint:
         print(json.dumps({"concepts": path, "done": "before"}))
         return
@@ -217,7 +227,9 @@ def _concepts(how: How, tower: str, levels: tuple[int, ...]) -> None:
     write_table(table, path, fingerprint)
     weight = table["weight"].drop_null().to_numpy()
     summary = {"concepts": path, "tower": tower, "levels": description.levels, "counted": total}
-    print(json.dumps(summary | {"weights": [round(float(value), 3) for value in np.quantile(weight, (0, 0.5, 1))]}))
+    print(
+        json.dumps(summary | {"weights": [round(float(value), 3) for value in np.quantile(weight, (0, 0.5, 1))], "seconds": _since(start)})
+    )
 
 
 def _leaves(files: list[Path], rows: list[np.ndarray], tree: concepts.Tree, number: int) -> np.ndarray:
