@@ -5,6 +5,7 @@ K2 does not publish its buckets (report section 27). Ours have the aspect ratios
 """
 
 from functools import lru_cache
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -61,10 +62,50 @@ def place(heights: ArrayLike, widths: ArrayLike, resolution: int) -> Placed:
     """
     heights, widths = np.asarray(heights, np.int64), np.asarray(widths, np.int64)
     assert (heights > 0).all() and (widths > 0).all(), "an image has at least one pixel"
-    shapes = np.array(buckets(resolution))
-    off = np.abs(np.log(heights / widths)[:, None] - np.log(shapes[:, 0] / shapes[:, 1]))
-    high, wide = shapes[off.argmin(1)].T
+    h, w = heights.astype(np.float64), widths.astype(np.float64)
+    shapes, cuts = _ordered(resolution)
+    chosen = sum(((h * h * a > w * w * b) | (closed & (h * h * a == w * w * b)) for a, b, closed in cuts), np.zeros(h.shape, np.int64))
+    high, wide = np.array(shapes)[chosen].T
     return Placed(high, wide, *_crop(heights, widths, high, wide))
+
+
+def place_sql(resolution: int, images: str) -> str:
+    """`place` as a SELECT of DuckDB: uid, the columns of `Placed` and `scale`, of the rows of `images` (uid, height, width).
+
+    The same doubles and the same integers, so that it gives the same rows; a database does it as the rows stream by.
+    """
+    shapes, cuts = _ordered(resolution)
+    steps = " + ".join(f"(h * h * {a} {'>=' if closed else '>'} w * w * {b})::INTEGER" for a, b, closed in cuts)
+    high, wide = ([shape[side] for shape in shapes] for side in (0, 1))
+    return f"""
+        WITH sized AS (SELECT uid, height::DOUBLE AS h, width::DOUBLE AS w, height::BIGINT AS height, width::BIGINT AS width FROM {images}),
+        chosen AS (SELECT uid, height, width, {steps} AS i FROM sized),
+        shaped AS (SELECT uid, height, width, {high}[i + 1]::BIGINT AS high, {wide}[i + 1]::BIGINT AS wide FROM chosen),
+        cropped AS (
+            SELECT uid, height, width, high, wide,
+                CASE WHEN height * wide > width * high
+                    THEN least(greatest((2 * width * high + wide) // (2 * wide), 1), height) ELSE height END AS crop_height,
+                CASE WHEN height * wide > width * high
+                    THEN width ELSE least(greatest((2 * height * wide + high) // (2 * high), 1), width) END AS crop_width
+            FROM shaped
+        )
+        SELECT uid, high::INTEGER AS bucket_height, wide::INTEGER AS bucket_width,
+            ((height - crop_height) // 2)::INTEGER AS crop_top, ((width - crop_width) // 2)::INTEGER AS crop_left,
+            crop_height::INTEGER AS crop_height, crop_width::INTEGER AS crop_width,
+            least(crop_height / high, crop_width / wide) AS scale
+        FROM cropped"""
+
+
+def _ordered(resolution: int) -> tuple[list[tuple[int, int]], list[tuple[float, float, bool]]]:
+    """The buckets from wide to high, and between each and the next the cut (a, b, closed): the next is nearer where h^2 a > w^2 b.
+
+    Between h1/w1 and h2/w2 the logarithms are equally far at (h/w)^2 = (h1 h2) / (w1 w2); `closed` says that the next takes this too.
+    """
+    shapes = buckets(resolution)
+    order = sorted(range(len(shapes)), key=lambda i: shapes[i][0] / shapes[i][1])
+    pairs = list(pairwise(order))
+    cuts = [(float(shapes[i][1] * shapes[j][1]), float(shapes[i][0] * shapes[j][0]), j < i) for i, j in pairs]
+    return [shapes[i] for i in order], cuts
 
 
 def nearest_bucket(height: int, width: int, resolution: int) -> tuple[int, int]:

@@ -81,7 +81,9 @@ def _transform(profile: bytes, mode: str) -> tuple[str, ImageCms.ImageCmsTransfo
             ImageCms.Intent.RELATIVE_COLORIMETRIC,
             ImageCms.Flags.BLACKPOINTCOMPENSATION,
         )
-        if mode != "CMYK":
+        if mode == "CMYK":
+            ImageCms.applyTransform(Image.new(mode, (1, 1)), transform)
+        else:
             grid = _GRID if mode == "RGB" else np.repeat(np.arange(256, dtype=np.uint8)[None, :, None], 3, -1)
             image = Image.fromarray(grid if mode == "RGB" else np.ascontiguousarray(grid[..., 0]))
             moved = np.asarray(ImageCms.applyTransform(image, transform)).astype(int) - grid

@@ -55,9 +55,8 @@ def image_columns(schema: pa.Schema, path: str) -> list[str]:
 def _holds_bytes(kind: pa.DataType) -> bool:
     if pa.types.is_struct(kind):
         return kind.get_field_index("bytes") >= 0
-    return (
-        pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind) or pa.types.is_fixed_size_binary(kind)
-    )
+    checks = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_fixed_size_binary)
+    return any(check(kind) for check in checks)
 
 
 def _is_text(kind: pa.DataType) -> bool:
@@ -171,7 +170,7 @@ def _bytes_and_path(value: Any) -> tuple[bytes | None, str | None]:
 def resolved(path: str, folder: str, root: str, filesystem: fsspec.AbstractFileSystem) -> tuple[str, str | None]:
     """(place on `filesystem`, error) of a path that a table names, relative to the table's `folder`; outside of `root` it is an error."""
     protocols = (filesystem.protocol,) if isinstance(filesystem.protocol, str) else filesystem.protocol
-    scheme, mark, rest = path.partition("://")
+    scheme, mark, _ = path.partition("://")
     shown = repr(path[:200])
     if mark and scheme.lower() in ("http", "https"):
         return "", f"{shown} is on the web: download the table with img2dataset first, and give its output"

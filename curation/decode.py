@@ -22,7 +22,7 @@ from PIL import AvifImagePlugin, Image, UnidentifiedImageError
 from pillow_jxl import JpegXLImagePlugin
 
 from curation.color import array_to_srgb, to_rgb
-from curation.formats import FORMATS, MAX_TAG_VALUES, early_size, gif_frames, jpeg_scans, looks_like, tiff_pages
+from curation.formats import FORMATS, MAX_TAG_VALUES, TIFF_STARTS, early_size, gif_frames, jpeg_scans, looks_like, png_is_short, tiff_pages
 
 # One core per decode: the workers beside this one have the others.
 cv2.setNumThreads(1)
@@ -33,7 +33,13 @@ Image.init()  # registers every plugin of Pillow; `Image.open` is told which of 
 
 # Pillow's own limit only warns below twice the value; `Limits.max_pixels` is checked from the header instead.
 Image.MAX_IMAGE_PIXELS = None
-_BROKEN = (OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, OverflowError, struct.error, zlib.error)
+# What Pillow and its plugins raise on broken bytes; RuntimeError is libheif's and libjxl's.
+_BROKEN = (
+    *(OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, OverflowError, RuntimeError),
+    *(struct.error, zlib.error, Image.DecompressionBombError),
+)
+# What libjpeg says when pixels are missing and it went on with grey or with noise. Its other warnings are about the file's form.
+_DAMAGE = ("premature end", "bad huffman code", "instead of rst", "inconsistent progression")
 
 
 class DecodeError(Exception):
@@ -125,9 +131,7 @@ def decode_for(encoded: bytes | None, reads: str = "pixels", limits: Limits = LI
         raise DecodeError("no image bytes" if encoded is None else "empty file (0 bytes)")
     if len(encoded) > limits.max_bytes:
         raise DecodeError(f"file of {len(encoded)} bytes is over the limit of {limits.max_bytes}")
-    size = early_size(encoded)
-    if size is not None:
-        _check_size(size, limits)
+    _check_unopened(encoded, limits)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns about odd EXIF; the image is what counts
@@ -143,7 +147,19 @@ def decode_for(encoded: bytes | None, reads: str = "pixels", limits: Limits = LI
     except MemoryError as error:
         raise DecodeError("out of memory while decoding") from error
     except _BROKEN as error:
-        raise DecodeError(f"{type(error).__name__}: {error}") from error
+        reason = (str(error).splitlines() or ["no reason given"])[0][:200]
+        raise DecodeError(f"{type(error).__name__}: {reason}") from error
+
+
+def _check_unopened(encoded: bytes, limits: Limits) -> None:
+    """What must be known before Pillow opens the file: some plugins take memory or read all tags as they open it."""
+    size = early_size(encoded)
+    if size is not None:
+        _check_size(size, limits)
+    if encoded[:4] in TIFF_STARTS:
+        _, values = tiff_pages(encoded)
+        if values > MAX_TAG_VALUES:
+            raise DecodeError(f"{values} values in the tags of the TIFF are over the limit of {MAX_TAG_VALUES}")
 
 
 def _check_size(size: tuple[int, int], limits: Limits) -> None:
@@ -181,16 +197,20 @@ def _jpeg(encoded: bytes, image: Image.Image, reads: str, limits: Limits) -> Dec
     factor = view_factor(width, height)
     pixels = None
     try:
-        if image.mode == "CMYK":
-            raise ValueError("libjpeg-turbo does not convert CMYK")
+        if image.mode == "CMYK":  # libjpeg-turbo reads it, so that damage is found, but leaves the colours to others
+            _turbo(encoded, width, height, 8, "CMYK")
+            raise ValueError
         view, icc = array_to_srgb(_turbo(encoded, width, height, min(factor, 8)), profile, image.mode)
         view = _reduce(view, factor // min(factor, 8))
         has_alpha, warning = False, None
     except ValueError as error:
+        warning = str(error) or None
+        if warning is not None and any(sign in warning.lower() for sign in _DAMAGE):
+            raise DecodeError(f"damaged: {warning}") from error
         image.load()
         rgb, icc, has_alpha = to_rgb(image)
         pixels = np.asarray(rgb)
-        view, warning = _reduce(pixels, factor), None if image.mode == "CMYK" else str(error)
+        view = _reduce(pixels, factor)
     if reads == "pixels" and pixels is None:
         pixels = view if factor == 1 else array_to_srgb(_full(encoded, image), profile, image.mode)[0]
     return _upright(header, view, pixels if reads == "pixels" else None, orientation, has_alpha, icc, warning)
@@ -199,9 +219,7 @@ def _jpeg(encoded: bytes, image: Image.Image, reads: str, limits: Limits) -> Dec
 def _other(encoded: bytes, image: Image.Image, reads: str, limits: Limits) -> Decoded:
     """Any other format, always decoded in full."""
     if image.format == "TIFF":
-        num_frames, values = tiff_pages(encoded)
-        if values > MAX_TAG_VALUES:
-            raise DecodeError(f"{values} values in the tags of the TIFF are over the limit of {MAX_TAG_VALUES}")
+        num_frames, _ = tiff_pages(encoded)
     else:
         num_frames = gif_frames(encoded) if image.format == "GIF" else getattr(image, "n_frames", 1)
     # An image of a HEIF file may be another than the first; its plugin opens the one that the file names.
@@ -209,6 +227,8 @@ def _other(encoded: bytes, image: Image.Image, reads: str, limits: Limits) -> De
         image.seek(0)
     mode = image.mode
     image.load()
+    if image.format == "PNG" and ("interlace" in image.info or not _bottom_row(image).any()) and png_is_short(encoded):
+        raise DecodeError(f"truncated: the PNG has fewer pixels than the {image.width}x{image.height} of its header")
     _check_size(image.size, limits)  # what was decoded may differ from what the header said
     # HEIF and JPEG XL come upright from their decoders, TIFF from `load`; a JPEG inside a JPEG XL does not.
     turned = image.format == "HEIF" or (image.format == "JXL" and not image.jpeg)
@@ -220,19 +240,23 @@ def _other(encoded: bytes, image: Image.Image, reads: str, limits: Limits) -> De
     return _upright(header, view, pixels if reads == "pixels" else None, orientation, has_alpha, icc, None)
 
 
+def _bottom_row(image: Image.Image) -> np.ndarray:
+    return np.asarray(image.crop((0, image.height - 1, image.width, image.height)))
+
+
 def view_factor(width: int, height: int) -> int:
     """The power of two that an image is divided by to be its view."""
     return 1 << max(0, (min(width, height) // VIEW_SIDE).bit_length() - 1)
 
 
-def _turbo(encoded: bytes, width: int, height: int, factor: int) -> np.ndarray:
-    """libjpeg-turbo's RGB over `factor` (1, 2, 4, 8), sides rounded up.
+def _turbo(encoded: bytes, width: int, height: int, factor: int, space: str = "RGB") -> np.ndarray:
+    """libjpeg-turbo's pixels over `factor` (1, 2, 4, 8), sides rounded up.
 
     Raises:
         ValueError: libjpeg has something to say, be it an error or a warning.
     """
     size = (-(-height // factor), -(-width // factor))
-    pixels = simplejpeg.decode_jpeg(encoded, "RGB", min_height=size[0], min_width=size[1])
+    pixels = simplejpeg.decode_jpeg(encoded, space, min_height=size[0], min_width=size[1])
     if pixels.shape[:2] != size:
         raise ValueError(f"decoded to {pixels.shape[1]}x{pixels.shape[0]} where {size[1]}x{size[0]} was asked for")
     return pixels

@@ -160,7 +160,7 @@ def removed_by(run: str, policy: str, rule: str, n: int = 12) -> list[dict[str, 
     """The images that a rule removes, worst first: uid, value, label."""
     judged = judge(run, policy)
     found = judged.rule(rule)
-    failed = np.flatnonzero(judged.verdicts[rule] == False)  # noqa: E712 (None is unknown, not false)
+    failed = np.flatnonzero(judged.verdicts[rule] == 0)
     beyond, _ = judged.worst_term(found)
     return judged.items(found, failed[np.argsort(-beyond[failed], kind="stable")][:n])
 
@@ -186,7 +186,7 @@ def planted(run: str, policy: str) -> dict[str, list[dict[str, Any]]]:
     """
     truth = json.loads(Path(run, "faults.json").read_text())
     judged = judge(run, policy)
-    place = {uid: i for i, uid in enumerate(judged.uids.tolist())}
+    place = {uid: i for i, uid in enumerate(judged.uids.to_pylist())}
     groups = {row["uid"]: row["group"] for row in _rows(f'SELECT uid, "group" FROM {_annotation(run, "duplicates")}')}
     errors = {row["uid"] for row in broken(run)}
     entries = {name: {"fault": name.replace("_", " "), "what": fault.what, "expect": fault.expect} for name, fault in FAULTS.items()}
@@ -198,7 +198,7 @@ def planted(run: str, policy: str) -> dict[str, list[dict[str, Any]]]:
         name, original = (truth[uid]["fault"], truth[uid]["original"]) if uid in truth else ("clean", None)
         if name == "clean" and uid in originals:
             continue  # of a copy and its original either one may be kept
-        failed = [rule.name for rule in judged.rules if judged.verdicts[rule.name][i] is False]
+        failed = [rule.name for rule in judged.rules if judged.verdicts[rule.name][i] == 0]
         expect, count = entries[name]["expect"], tally[name]
         if expect == "duplicate":
             right, by = groups.get(uid) is not None and groups[uid] == groups.get(original), ["duplicates of k2 dedup"]
@@ -293,8 +293,7 @@ def plot_funnel(run: str, policy: str) -> Figure:
 
 def plot_overlaps(run: str, policy: str) -> Figure:
     """How many images two rules remove together; rules that remove nothing are left out."""
-    judged = judge(run, policy)
-    failed = {rule.name: np.array([verdict is False for verdict in judged.verdicts[rule.name]], int) for rule in judged.rules}
-    names = [name for name, column in failed.items() if column.any()]
-    matrix = np.stack([failed[name] for name in names]) if names else np.zeros((0, len(judged.uids)), int)
-    return plots.overlaps(names, matrix @ matrix.T)
+    found = funnel(run, policy)
+    together = np.array(found["failed_together"], np.int64)
+    some = np.flatnonzero(np.diag(together))
+    return plots.overlaps([found["rules"][i]["name"] for i in some], together[np.ix_(some, some)])

@@ -256,7 +256,7 @@ def _grid(luma: np.ndarray, chroma: np.ndarray) -> dict[str, np.ndarray]:
     over 1.3 at 30), `grid.elsewhere` the largest excess at another phase (cropped after compression, or pasted),
     `grid.chroma_*` the same of the chroma planes, whose blocks are 16 x 16 with 4:2:0.
     """
-    across, down = _jumps(luma, 8), _jumps(luma.transpose(0, 2, 1), 8)
+    across, down = jumps(luma, 8), jumps(luma.transpose(0, 2, 1), 8)
     values = {}
     for name, profile in (("across", across), ("down", down)):
         typical = np.median(profile, axis=1)
@@ -265,7 +265,7 @@ def _grid(luma: np.ndarray, chroma: np.ndarray) -> dict[str, np.ndarray]:
         values[f"grid.elsewhere_{name}"] = excess[:, 1:6].max(1)  # 0 and 6 feel the jump beside them
     values["grid.blockiness"] = 0.5 * (values["grid.blockiness_across"] + values["grid.blockiness_down"])
     for plane, name in zip(chroma, ("cb", "cr"), strict=True):
-        profile = 0.5 * (_jumps(plane, 16) + _jumps(plane.transpose(0, 2, 1), 16))
+        profile = 0.5 * (jumps(plane, 16) + jumps(plane.transpose(0, 2, 1), 16))
         level = np.median(profile, axis=1) + 0.05
         values[f"grid.chroma_16_{name}"] = np.log2((profile[:, 15] + 0.05) / level)
         values[f"grid.chroma_8_{name}"] = np.log2((profile[:, 7] + 0.05) / level)
@@ -274,7 +274,7 @@ def _grid(luma: np.ndarray, chroma: np.ndarray) -> dict[str, np.ndarray]:
     return values
 
 
-def _jumps(plane: np.ndarray, period: int) -> np.ndarray:
+def jumps(plane: np.ndarray, period: int) -> np.ndarray:
     """(C, H, W) -> (C, period): mean |jump between column x and x + 1 beyond what the slopes on both sides foretell|, by x modulo
     the period; the block edge is at period - 1."""
     step = np.diff(plane, axis=2)  # (C, H, 127)

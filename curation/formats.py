@@ -5,12 +5,14 @@ Every function here looks at bytes only, allocates nothing of the image's size, 
 
 import re
 import struct
+import zlib
 
 # What is decoded, as Pillow names it. Nothing else is tried: Pillow's other plugins are never reached, some of which start programs
 # (EPS calls Ghostscript) or are seldom tested on hostile bytes.
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "HEIF", "JXL", "GIF", "TIFF", "BMP")
 MAX_FRAMES = 1000  # frames are counted up to here
 MAX_TAG_VALUES = 1_000_000  # values in the tags of one TIFF page: Pillow makes a Python object of each strip
+TIFF_STARTS = (b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+")  # classic and big, by byte order
 _GIF_BYTES = 16 << 20  # a GIF's frames are counted in its first 16 MiB
 
 _STARTS = (
@@ -18,8 +20,7 @@ _STARTS = (
     (b"\x89PNG", "PNG"),
     (b"GIF8", "GIF"),
     (b"BM", "BMP"),
-    (b"II*\x00", "TIFF"),
-    (b"MM\x00*", "TIFF"),
+    *((start, "TIFF") for start in TIFF_STARTS),
     (b"%PDF", "PDF"),
     (b"%!PS", "PostScript"),
     (b"\xc5\xd0\xd3\xc6", "PostScript"),
@@ -84,6 +85,38 @@ def jpeg_scans(encoded: bytes, most: int) -> tuple[int, int, bool]:
             break
         place += max(2, int.from_bytes(encoded[place : place + 2], "big"))
     return scans, first, False
+
+
+def png_is_short(encoded: bytes) -> bool:
+    """Does a PNG hold fewer bytes of pixels than its header promises? Pillow leaves the rest black without a word.
+
+    The stream is unpacked a mebibyte at a time, no further than the promise.
+    """
+    if encoded[12:16] != b"IHDR" or len(encoded) < 33:
+        return False
+    width, height, bits, color, _, _, interlaced = struct.unpack_from(">IIBBBBB", encoded, 16)
+    pixel = bits * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}.get(color, 1)
+    # Adam7 (W3C PNG, 8.1): first column and row, step of columns and rows, of each pass.
+    steps = (
+        [(0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)] if interlaced else [(0, 0, 1, 1)]
+    )
+    sizes = [(max(0, -(-(width - x) // dx)), max(0, -(-(height - y) // dy))) for x, y, dx, dy in steps]
+    missing = sum(rows * (1 + (columns * pixel + 7) // 8) for columns, rows in sizes if columns and rows)
+    stream, place = zlib.decompressobj(), 8
+    try:
+        while missing > 0 and place + 8 <= len(encoded):
+            size, kind = int.from_bytes(encoded[place : place + 4], "big"), encoded[place + 4 : place + 8]
+            if kind == b"IDAT":
+                data = encoded[place + 8 : place + 8 + size]
+                while missing > 0 and (piece := stream.decompress(data, 1 << 20)):
+                    missing -= len(piece)
+                    data = stream.unconsumed_tail
+            elif kind == b"IEND":
+                break
+            place += 12 + size
+    except zlib.error:
+        return True
+    return missing > 0
 
 
 def gif_frames(encoded: bytes) -> int:

@@ -14,7 +14,7 @@ class Mark(NamedTuple):
     place: str  # png:<keyword>, exif:<field>, xmp:<field> or iptc:<field>
 
 
-# A name counts where software signs (never in free text): EXIF Software and Make, XMP CreatorTool, PNG Software, Source and Title.
+# A name counts where software signs (never in free text): EXIF Software and Make, XMP CreatorTool, PNG Software and Source.
 # Names that mean other things too (imagen, flux, krea, gemini, recraft, Leonardo) are left out on purpose.
 _NAMES = {
     "midjourney": "midjourney",
@@ -38,7 +38,6 @@ _NAMES = {
     "leonardo.ai": "leonardo",
     "nightcafe": "nightcafe",
     "dreamstudio": "dreamstudio",
-    "made with google ai": "google",
 }
 _NAME = re.compile("(?<![a-z])(" + "|".join(map(re.escape, _NAMES)) + ")(?![a-z])", re.IGNORECASE)
 
@@ -69,7 +68,7 @@ _PRODUCER = re.compile(r'"ContentProducer"\s*:\s*"([^"]{1,200})"')
 def name_of(text: str | None) -> str | None:
     """The generator whose name stands in a short text that software signed with."""
     found = _NAME.search(text[:1000]) if text else None
-    return _NAMES[found.group().lower()] if found else None
+    return _NAMES[found.group().lower()] if found else "google" if text and _GOOGLE.search(text[:1000]) else None
 
 
 def parameters_of(text: str) -> str | None:
@@ -105,13 +104,14 @@ def marks_of(blocks: Blocks, exif: dict[str, Any], xmp: dict[str, str], iptc: di
         label, producer = label_of(text)
         if label == "1":
             found.append(Mark("aigc", producer, place))
-    signed = [(f"png:{keyword}", text) for keyword, text in blocks.text if keyword in ("Software", "Source", "Title")]
+    signed = [(f"png:{keyword}", text) for keyword, text in blocks.text if keyword in ("Software", "Source")]
     signed += [(f"exif:{name}", exif[name]) for name in ("software", "make") if name in exif]
     signed += [("xmp:creator_tool", xmp.get("creator_tool"))]
     found += [Mark("software", made_by, place) for place, text in signed if (made_by := name_of(text))]
     for place, text in (("xmp:credit", xmp.get("credit")), ("iptc:credit", iptc.get("credit"))):
-        if text and (_GOOGLE.search(text) or name_of(text)):
-            found.append(Mark("credit", name_of(text) or "google", place))
+        made_by = name_of(text)
+        if made_by and (text or "").strip().lower() != "openai":  # a firm hands out photographs too
+            found.append(Mark("credit", made_by, place))
     if _SIGNATURE.match(exif.get("description", "")) and _UUID.match(exif.get("artist", "")):
         found.append(Mark("signature", "grok", "exif:description"))
     return found

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from curation.plots import number
-from curation.policy import Policy, Rule, decide, made_by, rules, term_values
+from curation.policy import by_name, decide, made_by
+from curation.rules import Policy, Rule, rules
 
 FAILS = {"<": ">=", "<=": ">", ">": "<=", ">=": "<"}  # a term holds on one side of its threshold; its rule removes on the other
 COMPARE = {"<": np.less, "<=": np.less_equal, ">": np.greater, ">=": np.greater_equal}
@@ -28,10 +30,10 @@ def funnel(run: str, policy: str) -> dict[str, Any]:
 class Judged:
     """Every image of a run as a policy sees it; arrays have one entry per uid."""
 
-    uids: np.ndarray
+    uids: pa.ChunkedArray
     kept: np.ndarray  # bool
     rules: tuple[Rule, ...]
-    verdicts: dict[str, np.ndarray]  # rule -> object array of True, False, None (unknown)
+    verdicts: dict[str, np.ndarray]  # rule -> int8: 1 true, 0 false, -1 unknown
     values: dict[str, np.ndarray]  # column or expression of a term -> float64, NaN where unknown
 
     def rule(self, name: str) -> Rule:
@@ -63,7 +65,7 @@ class Judged:
             term = rule.terms[worst[i]] if rule.terms else None
             value = float(self.values[term.column][i]) if term else None
             found.append(
-                {"uid": str(self.uids[i]), "value": value, "label": f"{short(term.column)} {number(value)}".strip() if term else ""}
+                {"uid": self.uids[i].as_py(), "value": value, "label": f"{short(term.column)} {number(value)}".strip() if term else ""}
             )
         return found
 
@@ -71,16 +73,15 @@ class Judged:
 @lru_cache(maxsize=8)
 def _judge(run: str, policy: Policy, version: str) -> Judged:
     # `version` names the annotations: a notebook that stays open sees new ones.
-    decided, values = decide(run, policy), term_values(run, policy)
-    known = {rule.name: rule for rule in rules(policy.sql)}
-    names = decided.column_names[1:-1]
-    assert values["uid"].equals(decided["uid"])
+    columns = list(dict.fromkeys(term.column for rule in rules(policy.sql) for term in rule.terms))
+    decided = decide(run, policy, cells=[f"CAST({column} AS DOUBLE)" for column in columns])
+    names = decided.column_names[1 : decided.column_names.index("kept")]
     return Judged(
-        decided["uid"].to_numpy(),
+        decided["uid"],
         decided["kept"].to_numpy(),
-        tuple(known.get(name, Rule(name, name, "", ())) for name in names),
-        {name: np.array(decided[name].to_pylist(), object) for name in names},
-        {name: values[name].cast("float64").fill_null(np.nan).to_numpy() for name in values.column_names[1:]},
+        tuple(map(by_name(policy), names)),
+        {name: decided[name].cast("int8").fill_null(-1).to_numpy() for name in names},
+        {column: decided.column(len(names) + 2 + i).fill_null(np.nan).to_numpy() for i, column in enumerate(columns)},
     )
 
 

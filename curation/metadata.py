@@ -61,17 +61,18 @@ def read(encoded: bytes) -> Blocks:
         blocks.exif, whole = encoded, False  # tags lie anywhere in the file
     else:
         whole = encoded[4:8] == b"ftyp" and _heif(encoded, blocks)
-        blocks.c2pa = b"jumb" in encoded
+        blocks.c2pa = whole and b"jumb" in encoded
     if not whole:
         blocks.c2pa = blocks.c2pa or b"jumb" in encoded
-        _scan(encoded, blocks)
+        if not blocks.xmp:
+            _scan(encoded, blocks)
     return blocks
 
 
 def _scan(encoded: bytes, blocks: Blocks) -> None:
     """Packets wherever they lie: XMP is made to be found so (XMP specification, part 3, "packet scanning")."""
     end = 0
-    while not blocks.xmp or (end and len(blocks.xmp) < PACKETS):
+    for _ in range(PACKETS):
         start = encoded.find(b"<x:xmpmeta", end)
         end = encoded.find(b"</x:xmpmeta>", start, start + PACKET_BYTES) + 12
         if start < 0 or end < 12:
@@ -100,8 +101,9 @@ def _jpeg(encoded: bytes, blocks: Blocks) -> bool:
         elif marker == 0xE1 and content.startswith(_XMP):
             blocks.add_xmp(content[len(_XMP) :])
         elif marker == 0xE1 and content.startswith(_MORE_XMP):
-            if left > 0:  # 32 hexadecimal digits name the whole; then its length and this part's offset, 4 bytes each
-                extended.setdefault(content[35:67], bytearray()).extend(content[75:])
+            name = content[35:67]  # 32 hexadecimal digits; then the length of the whole and this part's offset, 4 bytes each
+            if left > 0 and (name in extended or len(extended) < PACKETS):
+                extended.setdefault(name, bytearray()).extend(content[75:])
                 left -= len(content)
         elif marker == 0xED and content.startswith(b"Photoshop 3.0\0") and len(photoshop) < BLOCK_BYTES:
             photoshop += content[14:]
@@ -218,7 +220,8 @@ def _jxl(encoded: bytes, blocks: Blocks) -> bool:
         size, kind = struct.unpack_from(">I4s", encoded, position)
         end = position + size if size else len(encoded)
         if kind == b"Exif":
-            blocks.add_exif(encoded[position + 12 : min(end, position + BLOCK_BYTES)])  # 4 bytes of offset, 0 in practice
+            for skip in (12, 8):  # 4 bytes of offset come first, which some writers leave out
+                blocks.add_exif(encoded[position + skip : min(end, position + BLOCK_BYTES)])
         elif kind == b"xml ":
             blocks.add_xmp(encoded[position + 8 : min(end, position + BLOCK_BYTES)])
         elif kind == b"jumb":

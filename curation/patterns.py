@@ -4,6 +4,7 @@ import posixpath
 import re
 from collections.abc import Iterator, Sequence
 from glob import has_magic
+from itertools import pairwise
 from typing import Any
 
 import fsspec
@@ -90,7 +91,7 @@ def _braces(pattern: str) -> Iterator[str]:
         span = _RANGE.fullmatch(inside) if end > 0 else None
         if end > 0 and (span or len(commas) > 1):
             cuts = [*commas, end]
-            parts = _span(span) if span else (part for a, b in zip(cuts, cuts[1:], strict=False) for part in _braces(pattern[a + 1 : b]))
+            parts = _span(span) if span else (part for a, b in pairwise(cuts) for part in _braces(pattern[a + 1 : b]))
             for part in parts:
                 for rest in _braces(pattern[end + 1 :]):
                     yield pattern[:start] + part + rest

@@ -6,6 +6,7 @@ wanted are taken over, and only the others are decoded.
 """
 
 import io
+import math
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -162,8 +163,8 @@ def cut(encoded: bytes | None, chosen: dict) -> tuple[bytes, Header]:
     if (np.array([chosen["crop_top"], chosen["crop_left"]]) + crop > source).any():
         raise DecodeError(f"the image is {header.width}x{header.height} now, smaller than when it was annotated")
     pixels = decoded.view if decoded.pixels is None else decoded.pixels
-    scale = np.array(pixels.shape[:2]) / source
-    if (scale < 1).any() and (scale * crop < SPARE * size).any():
+    factor = _factor(header, pixels)
+    if factor > 1 and (crop < SPARE * factor * size).any():
         pixels = decode_for(encoded, "pixels").pixels
     if (source == size).all() and (crop == size).all() and is_plain(encoded):
         return encoded, header
@@ -182,15 +183,20 @@ def crop_and_resize(pixels: np.ndarray, header: Header, chosen: dict) -> bytes:
 
     The crop is in pixels of the source, of which `pixels` may be a smaller view.
     """
-    high, wide = pixels.shape[0] / header.height, pixels.shape[1] / header.width
-    top, left = chosen["crop_top"] * high, chosen["crop_left"] * wide
-    bottom, right = (chosen["crop_top"] + chosen["crop_height"]) * high, (chosen["crop_left"] + chosen["crop_width"]) * wide
+    factor = _factor(header, pixels)
+    top, left = chosen["crop_top"] / factor, chosen["crop_left"] / factor
+    bottom, right = (chosen["crop_top"] + chosen["crop_height"]) / factor, (chosen["crop_left"] + chosen["crop_width"]) / factor
     # Crop first: `resize(box=...)` lets the filter look at pixels outside of the box. In a view the box may end inside of a pixel.
-    outer = (int(left), int(top), min(int(np.ceil(right)), pixels.shape[1]), min(int(np.ceil(bottom)), pixels.shape[0]))
-    box = (left - outer[0], top - outer[1], min(right, outer[2]) - outer[0], min(bottom, outer[3]) - outer[1])
-    assert outer[0] < outer[2] and outer[1] < outer[3], (outer, chosen)
+    outer = (math.floor(left), math.floor(top), math.ceil(right), math.ceil(bottom))
+    assert 0 <= outer[0] < outer[2] <= pixels.shape[1] and 0 <= outer[1] < outer[3] <= pixels.shape[0], (outer, pixels.shape, chosen)
+    box = (left - outer[0], top - outer[1], right - outer[0], bottom - outer[1])
     size = (chosen["bucket_width"], chosen["bucket_height"])
     return _jpeg(Image.fromarray(pixels[outer[1] : outer[3], outer[0] : outer[2]]).resize(size, Image.Resampling.LANCZOS, box=box))
+
+
+def _factor(header: Header, pixels: np.ndarray) -> int:
+    """Source pixels per pixel of a view, whose sides are rounded up; 1 for all pixels."""
+    return round(header.height / pixels.shape[0])
 
 
 def _jpeg(image: Image.Image) -> bytes:

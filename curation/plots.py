@@ -13,6 +13,7 @@ INK, GREY, PALE, BLUE, SKY, ORANGE, GREEN, PURPLE = "#1b1f24", "#5b6470", "#dde3
 SERIES = (BLUE, ORANGE, GREEN, PURPLE, SKY)
 
 matplotlib.rcParams["svg.hashsalt"] = "k2"  # the same figure is the same SVG
+matplotlib.rcParams["text.parse_math"] = False  # a $ in a rule's or a column's name is a $
 
 
 def number(value: float) -> str:
@@ -28,10 +29,15 @@ def axes(width: float, height: float):
     """A figure of one pair of axes in our style: no box, grey ticks, room for labels."""
     figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
     axis = figure.add_subplot()
+    style(axis)
+    return figure, axis
+
+
+def style(axis) -> None:
+    """No box, grey ticks."""
     axis.spines[["top", "right"]].set_visible(False)
     axis.spines[["left", "bottom"]].set_color(GREY)
     axis.tick_params(colors=GREY, labelcolor=INK, labelsize=9)
-    return figure, axis
 
 
 def bars(names: Sequence[str], kept: Sequence[int], failed: Sequence[int], alone: Sequence[int], total: int) -> Figure:
@@ -150,4 +156,36 @@ def rates(values: np.ndarray, xlabel: str, ylabel: str) -> Figure:
     axis.set_xlabel(xlabel, color=INK)
     axis.set_ylabel(ylabel, color=INK)
     axis.text(0.98, 0.95, f"{number(len(ordered))} in all", transform=axis.transAxes, ha="right", va="top", color=INK)
+    return figure
+
+
+def sweeps(found: Sequence[dict]) -> Figure:
+    """How many images each threshold keeps, one pair of axes per entry of `curation.sweep.sweep`; the present threshold is marked."""
+    figure = Figure(figsize=(6.4, 3.1 * max(len(found), 1)), layout="constrained", facecolor="white")
+    for axis, one in zip(np.atleast_1d(figure.subplots(max(len(found), 1))), found, strict=False):
+        style(axis)
+        cuts = [row["threshold"] for row in one["rows"]]
+        for name, colour, label in (("alone", SKY, "this comparison holds"), ("kept", BLUE, "the whole policy keeps")):
+            counts = [row[name] for row in one["rows"]]
+            axis.plot(cuts, counts, ".-", color=colour, linewidth=2, markersize=5)
+            end = -1 if one["operator"] in ("<", "<=") else 0
+            if counts:
+                place = {"xytext": (0, 5), "textcoords": "offset points", "ha": "left" if end == 0 else "right", "fontsize": 9}
+                axis.annotate(label, (cuts[end], counts[end]), color=colour, **place)
+        positive = [cut for cut in cuts if cut > 0]
+        if len(positive) == len(cuts) > 2 and cuts[-1] > 100 * np.median(cuts):  # a long tail would hide where most images lie
+            axis.set_xscale("log")
+            axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
+        if one["threshold"] is not None:
+            axis.axvline(one["threshold"], color=ORANGE, linewidth=1.3)
+            kept = next(row["kept"] for row in one["rows"] if row["present"])
+            words = f" now {one['operator']} {number(one['threshold'])}: keeps {number(kept)} "
+            right = one["threshold"] > np.median(cuts)
+            place = {"transform": axis.get_xaxis_transform(), "ha": "right" if right else "left", "fontsize": 9}
+            axis.text(one["threshold"], 1.02, words, color=ORANGE, **place)
+        axis.set_ylim(0, max(1, *(row["alone"] for row in one["rows"])) * 1.12 if one["rows"] else 1)
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
+        axis.set_ylabel("images", color=INK, fontsize=9)
+        label = f"{one['column']} {one['operator']}" + (f"   ({one['rule']})" if one["rule"] else "")
+        axis.set_xlabel("\n".join(wrap(label, 70)), color=INK, fontsize=10 if len(label) < 50 else 8)
     return figure

@@ -9,9 +9,7 @@ import json
 import os
 import posixpath
 import re
-import stat
-from collections.abc import Callable, Collection, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -21,6 +19,7 @@ import pyarrow as pa
 
 from curation import columns, tar
 from curation.decode import LIMITS
+from curation.files import check, contents, infos, is_local, stamp
 from curation.names import LOST, escaped, name_in_words, safe_key, webdataset_key
 from curation.schema import SAMPLES
 
@@ -31,10 +30,6 @@ MAX_SAMPLE = 1 << 30  # bytes of one tar sample, all its images together
 MAX_BATCH = 256 << 20  # bytes of images in one RecordBatch, beyond its first row
 _REMOTE = {"block_size": 8 << 20, "cache_type": "readahead"}  # ranges as they are needed, never the whole file
 _META = re.compile(r"__[^/]*__($|/)")  # WebDataset's own notes inside a tar
-
-
-class SourceChangedError(ValueError):
-    """A file is not the one that was listed; the text names it with its old and new size and version."""
 
 
 @dataclass(frozen=True)
@@ -75,14 +70,19 @@ def read_samples(shard: Shard, batch_size: int = 64) -> Iterator[pa.RecordBatch]
     """
     rows: list[dict] = []
     size = 0
-    for row in _rows(shard, None):
+    for row in read_rows(shard):
         rows.append(row)
         size += len(row["image"] or b"")
         if len(rows) == batch_size or size >= MAX_BATCH:
-            yield pa.RecordBatch.from_pylist(rows, schema=SAMPLES)
+            yield _batch(rows)
             rows, size = [], 0
     if rows:
-        yield pa.RecordBatch.from_pylist(rows, schema=SAMPLES)
+        yield _batch(rows)
+
+
+def _batch(rows: list[dict]) -> pa.RecordBatch:
+    arrays = [pa.array([row[field.name] for row in rows], field.type) for field in SAMPLES]
+    return pa.RecordBatch.from_arrays(arrays, schema=SAMPLES)
 
 
 def fetch(shards: list[Shard], uids: Collection[str]) -> Iterator[dict]:
@@ -94,11 +94,15 @@ def fetch(shards: list[Shard], uids: Collection[str]) -> Iterator[dict]:
         keys.setdefault(name, set()).add(key)
     for shard in shards:
         if wanted := keys.get(shard.name):
-            yield from _rows(shard, wanted)
+            yield from read_rows(shard, wanted)
 
 
-def _rows(shard: Shard, wanted: set[str] | None) -> Iterator[dict]:
-    """The rows of a shard with unique keys; only `wanted` keys where that is given."""
+def read_rows(shard: Shard, wanted: set[str] | None = None) -> Iterator[dict]:
+    """The same samples one by one, as dicts of the columns of schema.SAMPLES, which copies no image; only `wanted` keys where given.
+
+    Raises:
+        As `read_samples`.
+    """
     taken: dict[str, int] = {}
     for sample in _READERS[shard.kind](shard, wanted):
         key = name = safe_key(sample.key)
@@ -122,70 +126,6 @@ def _rows(shard: Shard, wanted: set[str] | None) -> Iterator[dict]:
         }
 
 
-# --- files and their versions ---
-
-
-def stamp(info: dict[str, Any]) -> str:
-    """Size and version of a file from its fsspec entry: generation (gs://), ETag (s3://), blob (hf://), else the time it was changed."""
-    fields = ("generation", "ETag", "etag", "blob_id", "mtime", "LastModified", "last_modified", "created")
-    field = next((field for field in fields if info.get(field) not in (None, "")), None)
-    if info["type"] != "file":
-        return "missing" if info["type"] == "missing" else "not a regular file"
-    if field is None:
-        return f"{info.get('size')} bytes"
-    value = info[field].timestamp() if hasattr(info[field], "timestamp") else info[field]  # a listing and a single entry may differ in type
-    return f"{info.get('size')} bytes, {field} " + (f"{value:.6f}" if isinstance(value, float) else str(value).strip('"'))
-
-
-def local_info(path: str) -> dict[str, Any]:
-    """The same entry of a local file, links followed; a file that is not there is of type missing."""
-    try:
-        facts = os.stat(path)
-    except (OSError, ValueError):
-        return {"type": "missing"}
-    kind = "file" if stat.S_ISREG(facts.st_mode) else "directory" if stat.S_ISDIR(facts.st_mode) else "other"
-    return {"size": facts.st_size, "mtime": facts.st_mtime, "type": kind}
-
-
-def is_local(filesystem: fsspec.AbstractFileSystem) -> bool:
-    """Is it the disk of this machine?"""
-    return "file" in ((filesystem.protocol,) if isinstance(filesystem.protocol, str) else filesystem.protocol)
-
-
-def infos(filesystem: fsspec.AbstractFileSystem, paths: list[str]) -> list[dict[str, Any]]:
-    """The entry of each path as it is now; type missing where there is none."""
-    if is_local(filesystem):
-        return [local_info(path) for path in paths]
-
-    def info(path: str) -> dict[str, Any]:
-        try:
-            return filesystem.info(path, refresh=True)
-        except FileNotFoundError:
-            return {"type": "missing"}
-
-    return _each(info, paths)
-
-
-def _each(function: Callable, items: list) -> list:
-    """The results for all items of a remote store, 16 at a time: each one is mostly waiting."""
-    if len(items) < 2:
-        return [function(item) for item in items]
-    with ThreadPoolExecutor(16) as pool:
-        return list(pool.map(function, items))
-
-
-def check(path: str, before: str, now: str) -> None:
-    """Compare a file's stamp in the listing with its stamp now.
-
-    Raises:
-        SourceChangedError: they differ.
-    """
-    if before and before != now:
-        raise SourceChangedError(
-            f"{escaped(path)} changed since it was listed: {before} -> {now}. Put the file back as it was, or annotate into a new --out."
-        )
-
-
 @contextmanager
 def opened(shard: Shard) -> Iterator[tar.Source]:
     """The file of a shard, compared with the listing."""
@@ -193,32 +133,6 @@ def opened(shard: Shard) -> Iterator[tar.Source]:
     check(shard.path, shard.stamp, stamp(infos(filesystem, [place])[0]))
     with filesystem.open(place, "rb", **({} if is_local(filesystem) else _REMOTE)) as file:
         yield tar.Source(file)
-
-
-def contents(
-    filesystem: fsspec.AbstractFileSystem, paths: list[str], found: list[dict[str, Any]], limit: int
-) -> list[tuple[bytes | None, str | None]]:
-    """(bytes, error) of each file, given its entry: one of them is None. What is no regular file, too large or not there is an error.
-
-    Raises:
-        OSError: the store cannot be reached now.
-    """
-
-    def content(item: tuple[str, dict]) -> tuple[bytes | None, str | None]:
-        path, info = item
-        if info["type"] != "file":
-            return None, f"cannot read the file: it is {'missing' if info['type'] == 'missing' else 'not a regular file'}"
-        if (info["size"] or 0) > limit:
-            return None, f"file of {info['size']} bytes is over the limit of {limit}"
-        try:
-            return filesystem.cat_file(path), None
-        except OSError as problem:
-            if is_local(filesystem) or isinstance(problem, FileNotFoundError | PermissionError):
-                return None, f"{type(problem).__name__}: cannot read the file"
-            raise
-
-    items = list(zip(paths, found, strict=True))
-    return [content(item) for item in items] if is_local(filesystem) else _each(content, items)
 
 
 # --- captions ---

@@ -155,10 +155,66 @@ def embedding_schema(dim: int) -> pa.Schema:
     return pa.schema([UID, column("vector", pa.binary(2 * dim), f"pooled embedding, {dim} little-endian float16"), ERROR])
 
 
+DEFECTS = pa.schema(
+    [
+        UID,
+        column("luma_mean", pa.float32(), "mean luma (BT.601), 0 to 255"),
+        column("luma_low", pa.int16(), "1st percentile of luma, 0 to 255"),
+        column("luma_high", pa.int16(), "99th percentile of luma, 0 to 255"),
+        column("clipped_low", pa.float32(), "share of pixels with luma <= 2"),
+        column("clipped_high", pa.float32(), "share of pixels with luma >= 253"),
+        column("saturation", pa.float32(), "mean HSV saturation, 0 to 1"),
+        column("saturated_ratio", pa.float32(), "share of pixels whose largest and smallest channel differ by 204 or more of 255"),
+        column("colorfulness", pa.float32(), "Hasler and Suesstrunk 2003; 0 for grey, over 109 extremely colourful"),
+        column("level_gaps", pa.float32(), "share of grey levels from luma_low to luma_high that no pixel has; 0 under 16,384 pixels"),
+        column("bits_per_pixel", pa.float32(), "bits of the file per pixel (24 divided by it is Z-Image's raw size / file size)"),
+        column("relative_bytes", pa.float32(), "bytes of the file over bytes of its pixels as JPEG of quality 75 (4:2:0), any container"),
+        column("blockiness", pa.float32(), "log2 of the jump at the strongest of 8 places over the median place; 0 under 64 pixels"),
+        column("grid_x", pa.int8(), "column modulo 8 where blocks start; chance where blockiness is low; null under 64 pixels"),
+        column("grid_y", pa.int8(), "row modulo 8 where blocks start, as grid_x"),
+        column("resampling", pa.float32(), "periodic trace of enlargement (Gallagher 2005), 0 to about 1; 0 under 64 pixels"),
+        column("rolloff", pa.float32(), "part of Nyquist's frequency with 99 % of the gradient's energy, sharper axis; low is also style"),
+        column("banding", pa.float32(), "share of places with a false contour: a step of 3 to 24 levels between two plateaus"),
+        column("combing", pa.float32(), "share of places where odd and even rows differ as interlaced fields do, less that of columns"),
+        column("inset_y", pa.float32(), "share of the height in equal bars above and below a picture set into another, 0 to 0.9"),
+        column("inset_x", pa.float32(), "the same of the width, left and right"),
+        ERROR,
+    ]
+)
+
+TEXT_BOX = pa.struct(
+    [pa.field(name, pa.float32(), nullable=False) for name in ("x", "y", "width", "height", "text_height", "area", "score")]
+)  # x, width: parts of the image's width; y, height: of its height; text_height: of its short side; area: of its area
+TEXT_DENSITY = pa.schema(
+    [
+        UID,
+        column("num_boxes", pa.int32(), "text lines or words found"),
+        column("text_area", pa.float32(), "share of the image inside text boxes, overlaps counted once, 0 to 1"),
+        column("largest_box", pa.float32(), "share of the image inside the largest box, 0 to 1"),
+        column("text_height_min", pa.float32(), "height of the smallest text, as a part of the short side; 1 without text"),
+        column("text_height_median", pa.float32(), "median text height, as a part of the short side; 1 without text"),
+        column(
+            "boxes",
+            pa.list_(TEXT_BOX),
+            "one struct per box: x, y, width, height of the upright box (parts of width and height), text_height (part of the short "
+            "side; times a resolution it is in pixels), area (part of the image's, of the slanted box), score (0 to 1)",
+        ),
+        ERROR,
+    ]
+)
+
 SYNTHETIC = pa.schema([UID, column("p_synthetic", pa.float32(), "calibrated P(AI-generated), 0 to 1"), ERROR])
 
 CODE = pa.struct([pa.field("feature", pa.int32()), pa.field("value", pa.float32())])
 ARTIFACTS = pa.schema([UID, column("codes", pa.list_(CODE), "the SAE features that fire, largest value first"), ERROR])
+
+FAILED_SHARDS = pa.schema(
+    [
+        column("shard", pa.string(), "shard whose annotations are still missing", nullable=False),
+        column("tries", pa.int32(), "how often it was tried, over all runs", nullable=False),
+        column("error", pa.string(), "why the last try failed", nullable=False),
+    ]
+)
 
 DUPLICATES = pa.schema(
     [
@@ -243,20 +299,31 @@ PACKED = pa.schema(
     ]
 )  # a row group is one training batch of one bucket; dataset.json lists them in order
 
+LATENTS = pa.schema(
+    [
+        UID,
+        column("latent", pa.binary(), "float16 little-endian (16, bucket_height / 8, bucket_width / 8), unit variance", nullable=False),
+    ]
+)  # the rows and row groups of the packed shard of the same name
+
 TABLES = {
     "samples": (SAMPLES, "in memory, from curation.sources"),
     "shards": (SHARDS, "shards.parquet, the source as it was listed by k2 annotate"),
     "basics": (BASICS, "annotations/basics/<shard>.parquet"),
+    "defects": (DEFECTS, "annotations/defects/<shard>.parquet"),
+    "text_density": (TEXT_DENSITY, "annotations/text_density/<shard>.parquet"),
     "provenance": (PROVENANCE, "annotations/provenance/<shard>.parquet"),
     "siglip, effnet, compact": (embedding_schema(1), "annotations/<tower>/<shard>.parquet (shown for dim 1)"),
     "synthetic": (SYNTHETIC, "annotations/synthetic/<shard>.parquet"),
     "artifacts": (ARTIFACTS, "annotations/artifacts/<shard>.parquet"),
+    "failed shards": (FAILED_SHARDS, "failed_shards.parquet, from `k2 annotate`: tried again by the next run"),
     "duplicates": (DUPLICATES, "annotations/duplicates/all.parquet, from `k2 dedup`"),
     "semantic": (SEMANTIC, "annotations/semantic/all.parquet, from `k2 dedup`"),
     "concepts": (CONCEPTS, "annotations/concepts/all.parquet, from `k2 dedup`"),
     "tags": (TAGS, "curation/weights/*.tags.csv"),
     "selection": (SELECTION, "selection/<policy>.parquet, from `k2 filter`"),
     "packed": (PACKED, "packed/<policy>/<n>.parquet, from `k2 pack`"),
+    "latents": (LATENTS, "packed/<policy>/latents/<n>.parquet, from `k2 pack --latents`"),
 }
 
 

@@ -77,14 +77,21 @@ def keys_of(batches: Iterable[pa.RecordBatch], seed: int) -> Keys:
     shards = sorted(numbers)
     renumbered = np.empty(len(shards), np.int32)
     renumbered[[numbers[name] for name in shards]] = np.arange(len(shards))
-    high, low, sizes, shard = np.concatenate(high), np.concatenate(low), np.concatenate(sizes), renumbered[np.concatenate(shard)]
+    high, low, sizes, shard = map(_joined, (high, low, sizes, shard))
+    shard = renumbered[shard]
     order = np.lexsort((low, high, shard))
-    high, low, shard = high[order], low[order], shard[order]
+    high, low, sizes, shard = (values[order] for values in (high, low, sizes, shard))
     twice = np.flatnonzero((high[1:] == high[:-1]) & (low[1:] == low[:-1]))
     assert not len(twice), f"the selection holds {len(twice)} uids twice, the first in shard {shards[shard[twice[0]]]}"
-    found, bucket = np.unique(sizes[order], return_inverse=True)
+    found, bucket = np.unique(sizes, return_inverse=True)
     starts = np.searchsorted(shard, np.arange(len(shards) + 1))
     return Keys(high, low, bucket.astype(np.int16), [(int(size) >> 16, int(size) & 0xFFFF) for size in found], shards, starts)
+
+
+def _joined(parts: list[np.ndarray]) -> np.ndarray:
+    whole = np.concatenate(parts)
+    parts.clear()  # so that nothing is in memory twice
+    return whole
 
 
 def plan(keys: Keys, good: np.ndarray, batch_size: int, remainder: str) -> Plan:

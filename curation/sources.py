@@ -8,7 +8,7 @@ import os
 import posixpath
 import re
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -17,32 +17,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from curation.columns import image_columns
+from curation.files import SourceChangedError, is_local, local_info, stamp
 from curation.imagefolder import captions_of
-from curation.names import escaped, name_in_words, safe_shard_name, unescaped
+from curation.listing import LISTING, grown, load_listing, save_listing
+from curation.names import name_in_words, safe_shard_name
 from curation.patterns import expand, filesystem_of, fixed_part, resolve
-from curation.readers import (
-    IMAGE_SUFFIXES,
-    TEXT_SUFFIXES,
-    Shard,
-    SourceChangedError,
-    fetch,
-    is_local,
-    local_info,
-    member_paths,
-    member_stamp,
-    read_samples,
-    stamp,
-)
-from curation.schema import SHARDS
-from curation.shards import write_table
+from curation.readers import IMAGE_SUFFIXES, TEXT_SUFFIXES, Shard, fetch, member_paths, member_stamp, read_rows, read_samples
 
 __all__ = [
-    "IMAGE_SUFFIXES", "Shard", "SourceChangedError", "fetch", "grown", "list_shards", "load_listing", "name_in_words", "read_samples",
-    "save_listing", "source_shards",
+    "IMAGE_SUFFIXES", "Shard", "SourceChangedError", "fetch", "grown", "list_shards", "load_listing", "name_in_words", "read_rows",
+    "read_samples", "save_listing", "source_shards",
 ]  # fmt: skip
 
 SLICE_BYTES = 1 << 30  # a Parquet file beyond this is several shards, each of about half of it
-LISTING = "shards.parquet"
 _KINDS = {
     "tar": (".tar", ".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tbz2", ".tar.xz"),
     "parquet": (".parquet", ".pq"),
@@ -278,91 +265,3 @@ def _find(filesystem: fsspec.AbstractFileSystem, place: str) -> dict[str, dict]:
         path[len(place) + 1 :]: entry for path, entry in entries.items() if entry["type"] == "file" and path.startswith(place + "/")
     }
     return {path: entry for path, entry in relative.items() if not re.search(r"(^|/)(\.|__MACOSX/)", path)}
-
-
-# --- RUN/shards.parquet ---
-
-
-def save_listing(shards: list[Shard], run_dir: str) -> None:
-    """Remember a source's shards in RUN/shards.parquet."""
-    rows = [{field.name: getattr(shard, field.name) for field in fields(Shard)} for shard in shards]
-    for row in rows:
-        row |= {name: escaped(row[name]) for name in ("path", "root")} | {"members": [escaped(member) for member in row["members"]]}
-    write_table(pa.Table.from_pylist(rows, SHARDS), f"{run_dir}/{LISTING}", "listing")
-
-
-def load_listing(run_dir: str) -> list[Shard]:
-    """The shards of a run.
-
-    Raises:
-        FileNotFoundError: the run was never annotated.
-    """
-    filesystem, place = fsspec.core.url_to_fs(f"{run_dir}/{LISTING}")
-    if not filesystem.exists(place):
-        raise FileNotFoundError(f"{run_dir}/{LISTING} is missing; run `k2 annotate --source ... --out {run_dir}` first")
-    with filesystem.open(place, "rb") as file:
-        rows = pq.read_table(file).to_pylist()
-    shards = []
-    for row in rows:
-        row |= {name: unescaped(row[name]) for name in ("path", "root")} | {"members": [unescaped(member) for member in row["members"]]}
-        row |= {name: tuple(row[name]) for name in ("members", "stamps", "captions")} | {"texts": tuple(map(tuple, row["texts"]))}
-        shards.append(Shard(**row | {"row_groups": tuple(row["row_groups"]) if row["row_groups"] else None}))
-    return shards
-
-
-def grown(known: list[Shard], found: list[Shard], shard_size: int = 256) -> list[Shard]:
-    """The known shards, and new ones for files that were added to the source since.
-
-    Raises:
-        SourceChangedError: a known file changed or is gone; the first few are named with their old and new size and version.
-    """
-    before, now = _stamps(known), _stamps(found)
-    wrong = [f"{escaped(path)}: {old} -> {now.get(path, 'gone')}" for path, old in before.items() if now.get(path) != old]
-    if wrong:
-        raise SourceChangedError(
-            f"{len(wrong)} files of the source changed since they were listed:\n  "
-            + "\n  ".join(wrong[:5])
-            + "\nPut them back as they were, or annotate into a new --out."
-        )
-    shards, names = list(known), {shard.name for shard in known}
-    for shard in found:
-        if shard.kind != "folder":
-            if shard.path not in before:
-                name = shard.name if shard.name not in names else safe_shard_name(f"{shard.name}-{len(names):05d}")
-                shards.append(replace(shard, name=name))
-                names.add(name)
-    for path in sorted({shard.path for shard in found if shard.kind == "folder"}):
-        slices = [shard for shard in found if shard.path == path]
-        new = [(shard, i) for shard in slices for i, member in enumerate(shard.members) if f"{path}/{member}" not in before]
-        stem = slices[0].name.rpartition("-")[0]
-        number = 1 + max((int(name.rpartition("-")[2]) for name in names if name.rpartition("-")[0] == stem), default=-1)
-        for start in range(0, len(new), shard_size):
-            some = new[start : start + shard_size]
-            shards.append(_slice_of(f"{stem}-{number + start // shard_size:05d}", path, some))
-    return shards
-
-
-def _slice_of(name: str, path: str, members: list[tuple[Shard, int]]) -> Shard:
-    """A slice of a folder from (slice of the new listing, place in it)."""
-    return Shard(
-        name,
-        "folder",
-        path,
-        tuple(shard.members[i] for shard, i in members),
-        stamps=tuple(shard.stamps[i] for shard, i in members),
-        texts=tuple(shard.texts[i] if shard.texts else () for shard, i in members) if any(s.texts for s, _ in members) else (),
-        captions=tuple(shard.captions[i] if shard.captions else None for shard, i in members)
-        if any(s.captions for s, _ in members)
-        else (),
-    )
-
-
-def _stamps(shards: list[Shard]) -> dict[str, str]:
-    """File -> size and version, of every file of a listing."""
-    found: dict[str, str] = {}
-    for shard in shards:
-        if shard.kind == "folder":
-            found |= {f"{shard.path}/{member}": mark for member, mark in zip(shard.members, shard.stamps, strict=True)}
-        else:
-            found[shard.path] = shard.stamp
-    return found

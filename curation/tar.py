@@ -18,6 +18,7 @@ MAX_EXTENDED = 1 << 20  # bytes of one pax or GNU header: names and attributes, 
 _CHUNK = 1 << 20
 _FILE, _DIRECTORY = (b"0", b"\0", b"7"), b"5"
 _KINDS = {b"1": "hard link", b"2": "symbolic link", b"3": "device", b"4": "device", b"6": "FIFO", b"S": "sparse file"}
+_BROKEN = (OSError, ValueError, EOFError, KeyError, MemoryError, zlib.error, lzma.LZMAError, pa.ArrowException)
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ\x00": "xz"}
 
 
@@ -66,11 +67,14 @@ class Source:
         """
         try:
             yield
-        except (OSError, ValueError, EOFError, KeyError, MemoryError, zlib.error, lzma.LZMAError, pa.ArrowException) as problem:
-            if self.error is not None:
-                raise self.error from problem
-            text = " ".join(str(problem).split())[:300]
-            raise Damage(f"{what}: {type(problem).__name__}: {text}") from problem
+        except _BROKEN as problem:
+            raise self.damaged(what, problem) from problem
+
+    def damaged(self, what: str, problem: Exception) -> Exception:
+        """The error to raise for a parser's: that of the file itself where it failed, else Damage."""
+        if self.error is not None:
+            return self.error
+        return Damage(f"{what}: {type(problem).__name__}: {' '.join(str(problem).split())[:300]}")
 
 
 class Member:
@@ -96,42 +100,56 @@ class _Stream:
 
     def __init__(self, source: Source):
         self.source, self.position, self.pending = source, 0, 0
+        end = source.seek(0, 2)
+        source.seek(0)
         start = source.read(6)
         source.seek(0)
         self.codec = next((codec for magic, codec in _COMPRESSED.items() if start.startswith(magic)), None)
+        self.end = None if self.codec else end  # where an uncompressed archive stops, so that a lie about a size costs nothing
         if self.codec == "xz":
-            self.file: Any = lzma.open(source)
+            self.file: Any = lzma.LZMAFile(source)  # noqa: SIM115  it closes with its source
         else:
             self.file = pa.CompressedInputStream(pa.PythonFile(source, "r"), self.codec) if self.codec else source
 
     def read(self, size: int) -> bytes:
         """`size` bytes, fewer only at the end."""
-        with self.source.damage(f"the {self.codec or 'tar'} data is damaged near byte {self.position}"):
+        try:
             data = self.file.read(size)
             while len(data) < size and (more := self.file.read(size - len(data))):
                 data += more
+        except _BROKEN as problem:
+            raise self.source.damaged(f"the {self.codec or 'tar'} data is damaged near byte {self.position}", problem) from problem
         self.position += len(data)
         return data
 
     def take(self, size: int, name: str) -> bytes:
         """Exactly `size` bytes."""
+        self._reach(size, name)
         data = self.read(size)
         if len(data) < size:
-            raise Damage(f"the tar ends at byte {self.position}, inside {name[:200]!r}, {size - len(data)} bytes short")
+            raise self._cut(size - len(data), name)
         return data
 
     def skip(self, name: str) -> None:
         """Pass over what is left of the current member."""
-        if self.pending > BLOCK and self.codec is None:
-            with self.source.damage("the tar cannot be read on"):
-                self.source.seek(self.pending - 1, 1)  # the last byte is read, so that a cut shows here and not at the next header
-            self.position += self.pending - 1
-            if not self.read(1):
-                raise Damage(f"the tar ends inside {name[:200]!r}")
+        if self.end is not None:
+            self._reach(self.pending, name)
+            if self.pending >= BLOCK:
+                self.source.seek(self.pending, 1)
+                self.position += self.pending
+            else:
+                self.read(self.pending)  # padding: a seek would cost the file its buffer
         else:
             while self.pending:
                 self.pending -= len(self.take(min(self.pending, _CHUNK), name))
         self.pending = 0
+
+    def _reach(self, size: int, name: str) -> None:
+        if self.end is not None and size > self.end - self.position:
+            raise self._cut(size - (self.end - self.position), name)
+
+    def _cut(self, size: int, name: str) -> Damage:
+        return Damage(f"the tar ends at byte {self.position if self.end is None else self.end}, inside {name[:200]!r}, {size} bytes short")
 
 
 def members(source: Source) -> Iterator[Member]:

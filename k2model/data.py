@@ -74,17 +74,34 @@ class Packed:
         """The entry of `dataset.json` (file, row group, bucket) of the batch that starts at `cursor`."""
         return self.groups[self.order(seed, cursor.epoch)[cursor.index]]
 
-    def read(self, group: dict) -> Batch:
-        """Decode one row group."""
+    def read(self, group: dict, padding: bool = False) -> Batch:
+        """Decode one row group. With `padding` every batch has the packed set's batch size: the last rows may be repeats."""
         table = self._file(group["file"]).read_row_group(group["row_group"], columns=["uid", "image", "caption"])
-        table = table.slice(0, group["num_rows"])  # the rows after that are padding
+        num_rows = group["num_rows"] + (group.get("num_padding", 0) if padding else 0)
+        table = table.slice(0, num_rows)  # padding comes last
         images = [np.asarray(Image.open(io.BytesIO(data)).convert("RGB")) for data in table["image"].to_pylist()]
-        found, listed = [image.shape[:2] for image in images], [(group["bucket_height"], group["bucket_width"])] * group["num_rows"]
+        found, listed = [image.shape[:2] for image in images], [(group["bucket_height"], group["bucket_width"])] * num_rows
         if found != listed:
             place = f"{self.directory}/{group['file']} row group {group['row_group']}"
             raise ValueError(f"{place} has images of {found}, but dataset.json says {listed}. Pack again.")
         pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
         return Batch(pixels, table["caption"].to_pylist(), table["uid"].to_pylist())
+
+    def latents(self, group: dict) -> Tensor:
+        """The latents of one row group, float16 (B, 16, H/8, W/8), without padding.
+
+        Raises:
+            ValueError: they were not made.
+        """
+        path = f"{self.directory}/latents/{group['file']}"
+        try:
+            with fsspec.open(path, "rb") as file:
+                table = pq.ParquetFile(file).read_row_group(group["row_group"], columns=["latent"])
+        except FileNotFoundError:
+            raise ValueError(f"{path} is missing. Run k2 pack --latents") from None
+        values = np.frombuffer(b"".join(table["latent"].to_pylist()), "<f2").copy()
+        shape = (-1, 16, group["bucket_height"] // 8, group["bucket_width"] // 8)
+        return torch.from_numpy(values.reshape(shape))[: group["num_rows"]]
 
     def batches(self, seed: int, cursor: Cursor) -> Iterator[tuple[Batch, Cursor]]:
         """Batches from `cursor` on, for ever, each with the cursor of the batch after it."""

@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 some items failed (run the same command again), 2 wrong ar
 import importlib
 import logging
 import sys
+import unicodedata
 from collections.abc import Callable, Sequence
 
 import tyro
@@ -19,6 +20,7 @@ VERBS = {
     "train": "the curriculum on packed shards; again to resume",
     "sae": "fit and evaluate the sparse autoencoder of the artifacts stage",
     "synthetic": "fit and evaluate the AI-generated probe of the synthetic stage",
+    "plan": "what N images cost: hours, storage, time, money, from measured rates",
     "report": "one HTML page of a run folder",
 }
 
@@ -35,12 +37,20 @@ def call(function: Callable[..., int | None] | dict[str, Callable[..., int | Non
         else:
             code = tyro.cli(function, args=argv, prog=prog)
     except (ValueError, FileNotFoundError) as error:
-        print(f"{prog}: {error}", file=sys.stderr)
+        print(printable(f"{prog}: {error}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{prog}: stopped; the same command goes on from here", file=sys.stderr)
         return 130
     return int(code or 0)
+
+
+def printable(text: str) -> str:
+    """A text for a terminal: uids and captions are anybody's, so control, escape and direction codes are shown and not obeyed."""
+    return "".join(
+        letter if letter == "\n" or unicodedata.category(letter) not in ("Cc", "Cf", "Cs", "Zl", "Zp") else ascii(letter)[1:-1]
+        for letter in text
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

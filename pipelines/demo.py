@@ -31,7 +31,7 @@ from pipelines.train import train
 BATCHES = {"pretrain_256": 4, "pretrain_512": 2, "pretrain_1024": 1}  # policy -> images in a batch, as k2-nano wants them
 SHARD_SIZE = 48  # small shards, so that a set this small still keeps every worker busy
 SEED = 2026
-PER_FAULT = 6
+PER_FAULT = 4
 PHOTOGRAPHS = {
     "astronaut": ("skimage", "data/astronaut.png", "an astronaut in an orange space suit smiling before a flag and a model of the shuttle"),
     "camera": ("skimage", "data/camera.png", "a black and white photograph of a man with a camera on a tripod in a park"),

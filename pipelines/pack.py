@@ -35,6 +35,7 @@ def pack(
     workers: int | None = None,
     keep_pieces: bool = False,
     repack: bool = False,
+    latents: str | None = None,
     dry_run: bool = False,
 ) -> int:
     """Crop, resize and shuffle the images of a selection into Parquet files whose row groups are batches of one bucket.
@@ -52,6 +53,7 @@ def pack(
         workers: Ray workers; default one per CPU.
         keep_pieces: Keep the resized images of every shard, so that `--repack` decodes only the images that are new.
         repack: Replace a packed set that another selection, seed or batch size made.
+        latents: Also encode what is packed: the folder of the Qwen-Image VAE's weights, or the vae.safetensors of a training run.
         dry_run: Say what would be packed, and stop.
     """
     source = Path(run) / "selection" / f"{policy}.parquet"
@@ -64,6 +66,10 @@ def pack(
     if dry_run:
         print(json.dumps(_forecast(keys, plan(keys, np.ones(len(keys), bool), packing.batch_size, remainder))))
         return 0
+    if latents:
+        from pipelines.latents import describe_codec, write_latents  # only here: packing itself needs no torch
+
+        describe_codec(latents)  # a wrong path is said before anything starts
     if repack:
         _clear_other(place, packing)
     try:
@@ -80,7 +86,11 @@ def pack(
         made = {}
     if not keep_pieces:
         shutil.rmtree(pieces, ignore_errors=True)  # also those that a kill after the commit point left
-    return _finish(json.loads(done.read_text()), list(made.values()))
+    content = json.loads(done.read_text())
+    code = _finish(content, list(made.values()))
+    if latents and _failed(write_latents(place, latents, ray, workers), len({b["file"] for b in content["batches"]}), "files of latents"):
+        return 1
+    return code
 
 
 def _clear_other(place: Path, packing: Packing) -> None:
@@ -88,7 +98,7 @@ def _clear_other(place: Path, packing: Packing) -> None:
     try:
         check_description(place, {"packing": packing}, write=False)
     except ValueError:
-        for path in [place / "dataset.json", *place.glob("*.parquet"), place / "run.json"]:
+        for path in [place / "dataset.json", *place.glob("*.parquet"), *place.glob("latents/*"), place / "run.json"]:
             path.unlink(missing_ok=True)
 
 

@@ -56,12 +56,14 @@ def offline() -> tuple:
     """EfficientNet-Lite2 and the compact statistics: weights inside installed packages, no hub."""
     from curation.stages.artifacts import Artifacts
     from curation.stages.basics import Basics
+    from curation.stages.defects import Defects
     from curation.stages.embedding import Embedding
     from curation.stages.provenance import Provenance
     from curation.stages.synthetic import Synthetic
+    from curation.stages.text_density import TextDensity
     from curation.towers import Compact, EffNet
 
-    return (Basics(), Provenance(), Embedding(EffNet()), Embedding(Compact()), Synthetic(), Artifacts())
+    return (Basics(), Defects(), TextDensity(), Provenance(), Embedding(EffNet()), Embedding(Compact()), Synthetic(), Artifacts())
 
 
 def siglip() -> tuple:

@@ -1,4 +1,4 @@
-"""RUN/run.json: what made a run folder, and the refusal of another description for it."""
+"""RUN/run.json: what made a run folder, and the refusal of another description for it; RUN/failed_shards.parquet: what it lacks."""
 
 import json
 import subprocess
@@ -6,7 +6,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from curation.shards import describe, write_json
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from curation.schema import FAILED_SHARDS
+from curation.shards import describe, write_json, write_table
 
 PACKAGES = (
     "k2-data-engine",
@@ -63,6 +67,35 @@ def differences(before: Any, after: Any, name: str = "") -> list[tuple[str, Any,
         keys = sorted(before.keys() | after.keys())
         return [d for key in keys for d in differences(before.get(key), after.get(key), f"{name}.{key}" if name else key)]
     return [] if before == after else [(name, before, after)]
+
+
+class FailedShards:
+    """The shards that failed all their tries, with the count over all runs and the last error: RUN/failed_shards.parquet.
+
+    Nothing reads it to leave a shard out: the next run tries each of them again.
+    """
+
+    def __init__(self, run_dir: str | Path):
+        self.path = Path(run_dir) / "failed_shards.parquet"
+        self.rows = {row["shard"]: row for row in pq.read_table(self.path).to_pylist()} if self.path.exists() else {}
+
+    def __contains__(self, shard: str) -> bool:
+        return shard in self.rows
+
+    def add(self, shard: str, tries: int, error: str) -> None:
+        """A shard has failed `tries` times more."""
+        before = self.rows.get(shard, {"tries": 0})["tries"]
+        self.rows[shard] = {"shard": shard, "tries": before + tries, "error": error}
+        self._write()
+
+    def remove(self, shard: str) -> None:
+        """A shard is done after all."""
+        if self.rows.pop(shard, None):
+            self._write()
+
+    def _write(self) -> None:
+        rows = [self.rows[shard] for shard in sorted(self.rows)]
+        write_table(pa.Table.from_pylist(rows, FAILED_SHARDS), self.path, "failed_shards")
 
 
 def versions() -> dict[str, str]:

@@ -71,7 +71,7 @@ def compute(batch: ImageBatch) -> dict[str, Any]:
 
 
 def facts(view: np.ndarray) -> dict[str, Any]:
-    """Facts of the pixels of one uint8 (H, W, 3) view (curation.decode), everything but colorhash at short side <= VIEW_SIDE."""
+    """Facts of the pixels of one uint8 (H, W, 3) view (curation.decode), everything but the hashes at short side <= VIEW_SIDE."""
     height, width = rows, columns = view.shape[:2]
     scale = VIEW_SIDE / min(height, width)
     if scale < 1:  # a view is less than twice too large: there bilinear means do as well as area means, and 7 times faster
@@ -80,7 +80,7 @@ def facts(view: np.ndarray) -> dict[str, Any]:
     else:
         pixels = view
     luma = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
-    phash, mirror = phashes(luma)
+    phash, mirror = phashes(luma if pixels is view else cv2.cvtColor(view, cv2.COLOR_RGB2GRAY))
     top, bottom, left, right = border(luma)
     _, spread = cv2.meanStdDev(cv2.Laplacian(luma, cv2.CV_16S, ksize=1, borderType=cv2.BORDER_REFLECT))
     return {
@@ -104,12 +104,15 @@ def facts(view: np.ndarray) -> dict[str, Any]:
 def phashes(luma: np.ndarray) -> tuple[bytes, bytes]:
     """imagehash.phash(hash_size=12) of a uint8 (H, W) luma and of its mirror: the signs of the lowest 12 x 12 frequencies of a
     48 x 48 picture against their median. Within 1 bit of the library on full pixels (tests/unit/test_basics.py)."""
-    # Halving by means first changes nothing below the 12th frequency, and the Lanczos resize then has little to read.
-    while min(luma.shape) >= 8 * 4 * HASH_SIDE:
-        height, width = luma.shape[0] & ~1, luma.shape[1] & ~1
-        luma = cv2.resize(luma[:height, :width], (width // 2, height // 2), interpolation=cv2.INTER_AREA)
-    side = 4 * HASH_SIDE
-    small = np.asarray(Image.fromarray(luma).resize((side, side), Image.Resampling.LANCZOS), np.float64)
+    # Halving by means first hardly touches the 12th frequency, and leaves the Lanczos resize a quarter to read. An odd side is
+    # filled up and the half pixel cut off by `box`: without it the whole picture would move.
+    height, width = luma.shape
+    side, box = 4 * HASH_SIDE, (0, 0, width, height)
+    if min(height, width) >= 8 * side:
+        luma = cv2.copyMakeBorder(luma, 0, height % 2, 0, width % 2, cv2.BORDER_REPLICATE)
+        luma = cv2.resize(luma, (luma.shape[1] // 2, luma.shape[0] // 2), interpolation=cv2.INTER_AREA)
+        box = (0, 0, width / 2, height / 2)
+    small = np.asarray(Image.fromarray(luma).resize((side, side), Image.Resampling.LANCZOS, box), np.float64)
     low = _cosines() @ small @ _cosines().T
     # A flat picture has zeros here, whatever the last bits of a sum say.
     low = low.round(6) + 0.0

@@ -23,7 +23,7 @@ SELECT
   greatest(least(border_top, border_bottom), least(border_left, border_right)) <= 0.05 AS no_border, -- 3: frames, letterboxes
   coalesce(jpeg_quality, 100) >= 25 AS not_crushed, -- 3: blocks and mosquito noise that 512 pixels show
   complexity <= 0.38 AS not_too_complex, -- 4: bytes per pixel as JPEG; only the densest textures turn to mush at 512 pixels
-  CASE WHEN codes IS NOT NULL THEN num_tags IS NULL END AS no_artifact_tag -- 3: SAE features signed off as artifacts
+  CASE WHEN artifacts.error IS NULL AND artifacts.uid IS NOT NULL THEN num_tags IS NULL END AS no_artifact_tag -- 3: SAE features signed off as artifacts
 FROM basics
 LEFT JOIN buckets USING (uid)
 LEFT JOIN duplicates USING (uid)

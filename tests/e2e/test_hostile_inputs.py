@@ -59,7 +59,7 @@ def annotated(corpus, tmp_path_factory) -> Path:
         files += [(f"{i:04d}.{file.name.rpartition('.')[2]}", file.content), (f"{i:04d}.txt", texts[i % len(texts)])]
     (place / "source").mkdir()
     tar_of(files, place / "source" / "all.tar")
-    done = k2("annotate", "--source", str(place / "source"), "--out", str(place / "run"), "--recipe", "facts", "--ray", "off", home=place)
+    done = k2("annotate", "--source", str(place / "source"), "--out", str(place / "run"), "--recipe", "basics", "--ray", "off", home=place)
     assert done.returncode == 0, done.stderr[-3000:]
     return place / "run"
 

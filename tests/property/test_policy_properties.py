@@ -4,10 +4,11 @@ import tempfile
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from curation.policy import Policy, select, term_values
+from curation.policy import Policy, decide, select
 from curation.schema import BASICS, SYNTHETIC
 from curation.shards import write_table
 
@@ -17,6 +18,7 @@ image = st.fixed_dictionaries(
 )
 term = st.tuples(st.sampled_from(["complexity", "rgb_entropy", "p_synthetic"]), st.sampled_from(["<", "<=", ">", ">="]), st.integers(0, 9))
 rule = st.tuples(st.lists(term, min_size=1, max_size=2), st.sampled_from(["AND", "OR"]))
+MEASURED = ("complexity", "rgb_entropy", "p_synthetic")
 COMPARE = {"<": lambda a, b: a < b, "<=": lambda a, b: a <= b, ">": lambda a, b: a > b, ">=": lambda a, b: a >= b}
 
 
@@ -65,8 +67,9 @@ def test_kept_and_the_funnel_are_what_three_valued_logic_says(images, policy):
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder)
         write_run(run, images)
-        selection, funnel = select(run, Policy("p", sql), run)
-        measured = term_values(run, Policy("p", sql), run).to_pylist()
+        funnel = select(run, Policy("p", sql), run / "selection.parquet", run)
+        selection = pq.read_table(run / "selection.parquet")
+        measured = decide(run, Policy("p", sql), run, list(MEASURED)).select(["uid", *MEASURED]).to_pylist()
     table = [[verdict(rule, image) for rule in policy] for image in images]
     kept = [all(row) and not image["broken"] for row, image in zip(table, images, strict=True)]
     assert selection["uid"].to_pylist() == [f"{i:02d}" for i, yes in enumerate(kept) if yes]
@@ -79,5 +82,7 @@ def test_kept_and_the_funnel_are_what_three_valued_logic_says(images, policy):
         assert line["failed_alone"] == sum(row[i] is False and sum(value is False for value in row) == 1 for row in table)
         assert line["kept_so_far"] == sum(all(row[: i + 1]) and not image["broken"] for row, image in zip(table, images, strict=True))
         assert line["comment"] == f"3: reason {i}"
+        together = [sum(row[i] is False and row[j] is False for row in table) for j in range(len(policy))]
+        assert funnel["failed_together"][i] == together
     for row, image in zip(measured, images, strict=True):
-        assert {name: row[name] for name in row if name != "uid"}.items() <= facts(image).items()
+        assert {name: row[name] for name in MEASURED} == facts(image)

@@ -36,7 +36,7 @@ def words(figure: Figure) -> str:
 
 def test_annotations_count_rows_errors_and_files(run):
     found = {row["stage"]: row for row in explore.annotations(run)}
-    assert list(found) == ["artifacts", "basics", "duplicates", "synthetic"]
+    assert list(found) == ["artifacts", "basics", "duplicates", "provenance", "synthetic"]
     assert found["basics"]["rows"] == 17 and found["basics"]["errors"] == 1 and found["basics"]["files"] == 2
     assert found["duplicates"]["rows"] == 17 and found["synthetic"]["fingerprint"] == "made up"
 
@@ -166,7 +166,7 @@ def test_overlaps_count_images_that_two_rules_remove(run):
     assert [written[i, i] for i in range(len(failing))] == [rule["failed"] for rule in failing]
     judged, order = explore.judge(run, POLICY), [rule["name"] for rule in failing]
     noise, complexity = order.index("not_noise"), order.index("not_too_complex")
-    both = sum(a is False and b is False for a, b in zip(judged.verdicts["not_noise"], judged.verdicts["not_too_complex"], strict=True))
+    both = sum(a == 0 and b == 0 for a, b in zip(judged.verdicts["not_noise"], judged.verdicts["not_too_complex"], strict=True))
     assert written.get((noise, complexity), 0) == both >= 1
 
 

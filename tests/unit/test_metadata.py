@@ -161,6 +161,33 @@ def test_extended_xmp_is_put_together_and_comes_after_the_main_packet():
     assert (row["xmp_creator_tool"], row["xmp_source_type"]) == ("An editor", "trainedAlgorithmicMedia")
 
 
+def test_profiles_that_imagemagick_wrote_as_text_are_read():
+    for kind, content, key in (
+        ("xmp", source_type("trainedAlgorithmicMedia"), "xmp_source_type"),
+        ("exif", b"Exif\0\0" + _tiff(0x0131, b"NovelAI"), "exif_software"),
+        ("iptc", b"8BIM\x04\x04\0\0\0\0\0\x07\x1c\x02\x6e\0\x02AB", "credit"),
+    ):
+        digits = content.hex()
+        lines = "\n".join(digits[i : i + 72] for i in range(0, len(digits), 72))
+        assert found(png(**{f"Raw profile type {kind}": f"\n{kind}\n{len(content):8}\n{lines}\n"}))[key], kind
+
+
+@pytest.mark.parametrize("offset", [b"", bytes(4)])
+def test_jpeg_xl_boxes_are_read_with_and_without_the_offset(offset):
+    def box(kind: bytes, content: bytes) -> bytes:
+        return (len(content) + 8).to_bytes(4, "big") + kind + content
+
+    start = b"\0\0\0\x0cJXL \r\n\x87\n"
+    content = start + box(b"Exif", offset + _tiff(0x0131, b"NovelAI")) + box(b"xml ", source_type("digitalCapture")) + box(b"jxlc", b"x")
+    row = found(content)
+    assert (row["exif_software"], row["generator"], row["xmp_source_type"]) == ("NovelAI", "novelai", "digitalCapture")
+
+
+def test_a_packet_is_found_in_a_container_that_is_not_known():
+    row = found(b"GIF89a" + bytes(40) + source_type("trainedAlgorithmicMedia") + bytes(9))
+    assert row["declared_by"] == "source_type"
+
+
 def test_exif_numbers_are_those_that_pillow_wrote_and_nonsense_is_none():
     from PIL import Image, TiffImagePlugin
 

@@ -14,12 +14,15 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import encode, photographs, tar_of
 from PIL import Image, ImageCms
+from safetensors.torch import save_file
 
 from curation import pieces, shards
 from curation.buckets import place
 from curation.schema import PACKED, SELECTION
 from curation.shards import write_json, write_table
 from curation.sources import list_shards, save_listing
+from k2model.data import Packed, to_pixels
+from k2model.vae import fit_pca
 from pipelines import pack as verb
 
 
@@ -196,10 +199,22 @@ def test_another_seed_or_batch_size_decodes_nothing_again(run, monkeypatch):
 def test_the_bytes_do_not_depend_on_who_packs(run, ray_cluster):
     assert verb.pack(str(run), "p", 4, ray="off") == 0
     alone = packed_bytes(run)
-    for workers in (1, 2):
-        shutil.rmtree(run / "packed")
-        assert verb.pack(str(run), "p", 4, workers=workers) == 0
-        assert packed_bytes(run) == alone
+    shutil.rmtree(run / "packed")
+    assert verb.pack(str(run), "p", 4, workers=2) == 0
+    assert packed_bytes(run) == alone
+
+
+def test_training_reads_no_padding_unless_it_asks_for_equal_shapes(run, tmp_path):
+    assert verb.pack(str(run), "p", 4, ray="off") == 0
+    packed = Packed(run / "packed/p")
+    read = [packed.read(group) for group in packed.groups]
+    assert sorted(len(batch.uids) for batch in read) == [1, 1, 4, 4, 4]
+    whole = [packed.read(group, padding=True) for group in packed.groups]
+    assert all(batch.images.shape[0] == 4 for batch in whole)
+    assert all(full.uids[: len(real.uids)] == real.uids for full, real in zip(whole, read, strict=True))
+    save_file(fit_pca(to_pixels(batch.images) for batch in read).tensors(), tmp_path / "vae.safetensors")
+    assert verb.pack(str(run), "p", 4, ray="off", latents=str(tmp_path / "vae.safetensors")) == 0
+    assert [len(packed.latents(group)) for group in packed.groups] == [len(batch.uids) for batch in read]
 
 
 def test_captions_and_images_of_the_buckets_size_come_out_byte_for_byte(tmp_path):

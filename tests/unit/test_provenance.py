@@ -4,6 +4,7 @@ import io
 from functools import cache
 
 import pillow_heif
+import pyarrow.parquet as pq
 import pytest
 from conftest import encode, photographs
 from PIL import Image, PngImagePlugin
@@ -14,6 +15,7 @@ from curation.generators import name_of, parameters_of
 from curation.manifest import Reader
 from curation.schema import PROVENANCE
 from curation.stages.provenance import Provenance, facts
+from pipelines.annotate import annotate
 
 PHOTO = photographs(1)[0]
 A1111 = "a red barn\nNegative prompt: people\nSteps: 20, Sampler: Euler a, CFG scale: 7, Seed: 1, Size: 512x512, Model: x"
@@ -167,6 +169,7 @@ def test_text_after_the_pixels_is_read_too():
         {"Description": "Steps: 20 of the old stair, Berlin"},
         {"workflow": '{"steps": ["scan", "crop"]}', "prompt": "say cheese"},
         {"Title": "The Ideogram: signs of old Egypt", "Source": "imagen digital"},
+        {"Title": "How Stable Diffusion works", "Software": "Made with Google AI Studio"},
         {"AIGC": '{"Label":"2","ContentProducer":"a platform"}'},  # somebody's guess: aigc_label has it, a policy may use it
     ],
 )
@@ -224,6 +227,7 @@ def test_the_credit_of_iptc_iim_is_read_from_photoshop_resources():
     image = encode(PHOTO)
     row = found(image[:2] + b"\xff\xed" + (len(segment) + 2).to_bytes(2, "big") + segment + image[2:])
     assert (row["credit"], row["declared_by"], row["evidence"]) == (credit.decode(), "credit", "iptc:credit")
+    assert not found(encode(PHOTO, xmp=xmp('photoshop:Credit="OpenAI"')))["declared_ai"]
 
 
 MIMES = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp", "AVIF": "image/avif", "TIFF": "image/tiff", "GIF": "image/gif"}
@@ -274,3 +278,16 @@ def test_names_count_as_words_and_only_known_ones():
     assert name_of("Adobe Firefly 3") == "firefly" and name_of("NovelAI Diffusion V4.5") == "novelai" and name_of("DALL·E 3") == "openai"
     assert all(name_of(text) is None for text in ("Fireflyers Inc.", "imagen.exe", "Adobe Photoshop 25", "midjourneyman", None, ""))
     assert parameters_of("Steps: up, Sampler: none") is None
+
+
+def test_files_that_do_not_decode_still_say_what_they_declare(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    whole = png(parameters=A1111)
+    for name, content in {"a": whole, "b": whole[: len(whole) // 2], "c": b"<html>404</html>", "d": b""}.items():
+        (folder / f"{name}.png").write_bytes(content)
+    assert annotate(str(folder), str(tmp_path / "run"), "basics", ray="off", max_bad=1.0) == 0
+    table = pq.read_table(next((tmp_path / "run/annotations/provenance").glob("*.parquet")))
+    assert table["declared_ai"].to_pylist()[:3] == [True, True, False]
+    basics = pq.read_table(next((tmp_path / "run/annotations/basics").glob("*.parquet")))
+    assert [error is None for error in basics["error"].to_pylist()] == [True, False, False, False]

@@ -160,8 +160,9 @@ def test_no_path_in_a_table_leaves_the_source(tmp_path):
     (tmp_path / "in" / "link.jpg").symlink_to(tmp_path / "secret.jpg")
     os.mkfifo(tmp_path / "in" / "pipe.jpg")
     bad = [
-        ("../../secret.jpg", "leads out"), (str(tmp_path / "secret.jpg"), "leads out"), ("../../inner.jpg", "leads out"), ("/etc/passwd", "leads out"),
-        ("/dev/zero", "leads out"), ("../link.jpg", "link that leads out"), ("../pipe.jpg", "not a regular file"), ("x\0.jpg", "leads out"),
+        ("../../secret.jpg", "leads out"), (str(tmp_path / "secret.jpg"), "leads out"), ("../../inner.jpg", "leads out"),
+        ("/etc/passwd", "leads out"), ("/dev/zero", "leads out"), ("../link.jpg", "link that leads out"),
+        ("../pipe.jpg", "not a regular file"), ("x\0.jpg", "leads out"),
         ("https://example.com/a.jpg", "img2dataset"), ("s3://other/a.jpg", "another store"), (f"file://{tmp_path}/secret.jpg", "leads out"),
         ("gone.jpg", "missing"), ("..", "leads out"), ("", "holds no bytes"), (None, "holds no bytes"), ("~/x.jpg", "missing"),
     ]  # fmt: skip
@@ -175,7 +176,7 @@ def test_no_path_in_a_table_leaves_the_source(tmp_path):
 
 def test_a_table_without_an_image_column_is_refused_before_the_job_starts(tmp_path):
     pq.write_table(pa.table({"a": [1], "b": ["x"]}), tmp_path / "x.parquet")
-    with pytest.raises(ValueError, match="no image column: looked for image.* found a, b"):
+    with pytest.raises(ValueError, match=r"no image column: looked for image.* found a, b"):
         list_shards(str(tmp_path))
 
 
@@ -189,7 +190,7 @@ def test_a_table_cut_or_damaged_anywhere_gives_rows_and_one_that_says_what_is_lo
     for place in [0, 1, 5, 9, *np.linspace(10, len(data) - 1, 25).astype(int)]:
         target.write_bytes(data[:place])
         rows = rows_of(target)
-        assert rows[-1]["key"] == "~lost" or len(rows) == 6 and write is in_arrow, (place, rows[-1]["error"])
+        assert rows[-1]["key"] == "~lost" or (len(rows) == 6 and write is in_arrow), (place, rows[-1]["error"])
         assert all(row["image"] in pictures for row in rows[:-1]) and rows == rows_of(target)
         broken = bytearray(data)
         broken[place : place + 8] = rng.bytes(min(8, len(data) - place))

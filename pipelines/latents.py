@@ -1,0 +1,89 @@
+"""Latents of a packed set, computed once: RUN/packed/<policy>/latents/<n>.parquet, row for row as the packed files.
+
+A pass of its own over packed shards: what is packed stays as it is, and another autoencoder is another pass.
+"""
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from tqdm import tqdm
+
+from curation.schema import LATENTS
+from curation.shards import file_hash, fingerprint, is_done, write_row_groups
+from k2model.data import Packed, to_pixels
+from k2model.vae import CHANNELS, QwenImageVae, load_pca
+from pipelines import cluster
+
+
+def write_latents(place: Path, codec: str, ray: str, workers: int | None) -> list[str]:
+    """Encode every packed shard that has no latents yet; returns the names of those that failed, with the errors.
+
+    `codec` is the folder of the Qwen-Image VAE's weights (or its name in the hub cache), or the `vae.safetensors` of a training run.
+
+    Raises:
+        ValueError: the codec is not at hand, or the latents that are there were made by another one.
+    """
+    described = describe_codec(codec)
+    files: dict[str, list[dict]] = {}
+    packed = Packed(place)
+    for group in packed.groups:
+        files.setdefault(group["file"], []).append(group)
+    made_by = fingerprint({"packed": packed.fingerprint, "codec": described, "dtype": "float16"})
+    todo = [name for name in files if not is_done(place / "latents" / name, made_by)]
+    failed = []
+    make = partial(encoder, place, codec, {name: files[name] for name in todo}, made_by)
+    with tqdm(total=len(files), initial=len(files) - len(todo), unit="file", desc="latents", file=sys.stderr) as progress:
+        for outcome in cluster.run(make, todo, ray, workers):
+            if outcome.error:
+                failed.append(f"{outcome.item} ({outcome.error})")
+            progress.update(not outcome.error)
+    return failed
+
+
+def describe_codec(codec: str) -> dict[str, Any]:
+    """What decides the values: the hashes of the weights, or the hub's name for them."""
+    path = Path(codec)
+    weights = sorted(path.rglob("*.safetensors")) if path.is_dir() else [path] if path.is_file() else []
+    if not weights and (path.exists() or path.suffix):
+        raise ValueError(f"--latents {codec!r}: no .safetensors there; give the folder of the Qwen-Image VAE or a vae.safetensors")
+    return {"weights": [file_hash(file) for file in weights]} if weights else {"name": codec}
+
+
+def load_codec(codec: str, device: str) -> Any:
+    """The codec on a device: `encode` takes (B, 3, H, W) in [-1, 1] to (B, 16, H/8, W/8) of about unit variance."""
+    path = Path(codec)
+    if path.suffix == ".safetensors":
+        return load_pca(path).to(device)
+    inside = None if (path / "config.json").exists() else "vae"
+    return QwenImageVae(codec, inside).load(device)
+
+
+def encoder(place: Path, codec: str, files: dict[str, list[dict]], made_by: str) -> Callable[[str], int]:
+    """Load the codec once in this worker; returns the function of one packed shard."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    loaded, packed = load_codec(codec, device), Packed(place)
+
+    def tables(name: str):
+        for group in files[name]:
+            batch = packed.read(group, padding=True)
+            latents = loaded.encode(to_pixels(batch.images.to(device))).to("cpu", torch.float16)
+            assert latents.shape[1:] == (CHANNELS, batch.images.shape[2] // 8, batch.images.shape[3] // 8), latents.shape
+            values = [np.ascontiguousarray(latent).tobytes() for latent in latents.numpy()]
+            yield pa.table([pa.array(batch.uids), pa.array(values, pa.binary())], schema=LATENTS)
+
+    def encode(name: str) -> int:
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)  # as everywhere: sums must not depend on where they are made
+        try:
+            write_row_groups(tables(name), place / "latents" / name, LATENTS, made_by)
+        finally:
+            torch.set_num_threads(before)
+        return len(files[name])
+
+    return encode
