@@ -25,6 +25,7 @@ from curation.shards import read_fingerprint, write_table
 from pipelines import cluster
 from pipelines.cli import call
 
+GROUP_ROWS = 1 << 20  # of a row group: readers skip and stream by them
 TOWERS = ("siglip", "effnet")  # the first one that the run has is used
 
 
@@ -145,7 +146,7 @@ def _duplicates(how: How) -> pa.Table:
         return how.search(job, "near hashes")
 
     table = find_duplicates(read_basics(files), description, search)
-    write_table(table, path, fingerprint)
+    write_table(table, path, fingerprint, GROUP_ROWS)
     extra = pc.equal(table["representative"], False)
     kinds = table["kind"].filter(extra).to_pylist()
     summary = {
@@ -182,7 +183,7 @@ def _semantic(how: How, duplicates: pa.Table, description: semantic.Semantic) ->
     rank = np.empty(len(good), np.int64)
     rank[good], rank[~good] = ranks(rows), np.arange(len(rows), len(good))
     table = semantic.semantic_table(duplicates, vectors.known, rank, kept, found, description.tower)
-    write_table(table, path, fingerprint)
+    write_table(table, path, fingerprint, GROUP_ROWS)
     extra = pc.sum(pc.equal(table["representative"], False)).as_py() or 0
     summary = {"semantic": path, "tower": description.tower, "cosine": description.cosine, "compared": total, "pairs": len(found.left)}
     print(json.dumps(summary | {"groups": pc.count_distinct(table["group"]).as_py(), "extra": extra, "seconds": _since(start)}))
@@ -224,7 +225,7 @@ def _concepts(how: How, tower: str, levels: tuple[int, ...]) -> None:
         leaf[vectors.ids[number]] = found
     known = vectors.known
     table = concepts.concepts_table(duplicates["uid"], duplicates["error"], known, leaf[known], counted[known], vectors.draw, tree, tower)
-    write_table(table, path, fingerprint)
+    write_table(table, path, fingerprint, GROUP_ROWS)
     weight = table["weight"].drop_null().to_numpy()
     summary = {"concepts": path, "tower": tower, "levels": description.levels, "counted": total}
     print(
@@ -241,13 +242,13 @@ class Vectors:
 
     def __init__(self, how: How, files: list[Path], images: pa.Table):
         self.how, self.files = how, files
-        uids = images["uid"].combine_chunks()
+        uids = images["uid"].cast(pa.large_string()).combine_chunks()
         self.draw = cells.draws(uids.to_pylist())
         self.known = np.zeros(len(uids), bool)
         self.rows, self.ids = [], []
         for file in files:
             table = pq.read_table(file, columns=["uid", "error"])
-            place = pc.index_in(table["uid"], uids).fill_null(-1).to_numpy()
+            place = pc.index_in(table["uid"].cast(pa.large_string()), uids).fill_null(-1).to_numpy()
             rows = np.flatnonzero(table["error"].is_null().to_numpy() & (place >= 0))
             rows = rows[images["error"].is_null().to_numpy()[place[rows]]]
             self.rows.append(rows)
