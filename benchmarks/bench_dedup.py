@@ -183,13 +183,12 @@ def planted(images: Path, peers: Path | None = None, seed: int = 0, work: Path |
 
 def _report(method: str, groups: list[set[str]], truth: dict[str, str], seed: int) -> None:
     """One JSON line; a group is a set of file names of which each is said to equal some other."""
-    found = dict.fromkeys(COUNTS, 0)
-    others = set()
+    hits, others = set(), set()
     for group in groups:
-        for copy in group & truth.keys():
-            found[copy.split("/")[0]] += truth[copy] in group
+        hits |= {copy for copy in group & truth.keys() if truth[copy] in group}
         roots = sorted({truth.get(name, name) for name in group})
         others |= {tuple(roots)} if len(roots) > 1 else set()
+    found = {kind: sum(copy.startswith(f"{kind}/") for copy in hits) for kind in COUNTS}
     line = {"bench": "dedup_planted", "method": method, "seed": seed} | {kind: f"{found[kind]}/{COUNTS[kind]}" for kind in COUNTS}
     print(json.dumps(line | {"other_groups": sorted(others)}), flush=True)
 
