@@ -60,9 +60,12 @@ def read_basics(files: list[Path]) -> pa.Table:
 
 
 def by_uid(basics: pa.Table) -> pa.Table:
-    """The columns that duplicates are found from, sorted by uid: nothing depends on the order of shards."""
-    types = pa.schema([pa.field(name, BASICS.field(name).type) for name in COLUMNS])
-    return basics.select(COLUMNS).cast(types).sort_by("uid").combine_chunks()
+    """The columns that duplicates are found from, sorted by uid: nothing depends on the order of shards.
+
+    Texts have 64-bit offsets: the md5 of 67 million images are more than the 2 GB that 32-bit ones reach.
+    """
+    kinds = {name: BASICS.field(name).type for name in COLUMNS} | {"uid": pa.large_string(), "md5": pa.large_string()}
+    return basics.select(COLUMNS).cast(pa.schema(list(kinds.items()))).sort_by("uid").combine_chunks()
 
 
 def find_duplicates(basics: pa.Table, description: Dedup = Dedup(), search: Search = near_pairs) -> pa.Table:
@@ -73,11 +76,14 @@ def find_duplicates(basics: pa.Table, description: Dedup = Dedup(), search: Sear
     partitions (pipelines/dedup.py); all find the same ones.
     """
     basics = by_uid(basics)
-    good = basics["error"].is_null().to_numpy()
-    rows = basics.filter(good)
+    uids, errors, good = short(basics["uid"]), basics["error"], basics["error"].is_null().to_numpy()
+    rows = basics.drop_columns(["uid", "error"])
+    rows = rows if good.all() else rows.filter(good)
+    del basics  # at ten million images, each copy of the columns is a gigabyte
     md5 = codes(rows["md5"])
     images, mirrors, colors = (bytes_of(rows[name]) for name in ("phash", "phash_mirror", "colorhash"))
     rank = ranks(rows)
+    del rows
     labels, left, right = _same(md5, images, mirrors, colors, description, search)
 
     # Files of one label are the same picture to the bit, so the best of them stands for all.
@@ -89,7 +95,7 @@ def find_duplicates(basics: pa.Table, description: Dedup = Dedup(), search: Sear
 
     number, size = numbered(chosen)
     grouped = size > 1
-    straight, flipped = np.zeros(len(rows), np.int64), np.zeros(len(rows), np.int64)
+    straight, flipped = np.zeros(len(rank), np.int64), np.zeros(len(rank), np.int64)
     mine, theirs = np.flatnonzero(grouped), chosen[grouped]
     straight[grouped] = hamming(images[mine], images[theirs])
     flipped[grouped] = np.minimum(hamming(images[mine], mirrors[theirs]), hamming(mirrors[mine], images[theirs]))
@@ -97,25 +103,30 @@ def find_duplicates(basics: pa.Table, description: Dedup = Dedup(), search: Sear
         "group": (number, grouped),
         "group_size": (size, None),
         "kind": (np.where(~grouped, "unique", np.where(md5 == md5[chosen], "exact", "perceptual")), None),
-        "representative": (chosen == np.arange(len(rows)), None),
+        "representative": (chosen == np.arange(len(rank)), None),
         "distance": (np.minimum(straight, flipped), grouped),
         "mirrored": (flipped < straight, grouped),
     }
     cells = [spread(values, good, known, DUPLICATES.field(name).type) for name, (values, known) in columns.items()]
-    return pa.Table.from_arrays([basics["uid"], *cells, basics["error"]], schema=DUPLICATES)
+    return pa.Table.from_arrays([uids, *cells, errors], schema=DUPLICATES)
+
+
+def short(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """A text column with 32-bit offsets, in pieces that they reach."""
+    pieces = [column.slice(start, PIECE).cast(pa.string()) for start in range(0, len(column), PIECE)]
+    return pa.chunked_array([chunk for piece in pieces for chunk in piece.chunks], pa.string())
 
 
 def _same(
     md5: np.ndarray, images: np.ndarray, mirrors: np.ndarray, colors: np.ndarray, description: Dedup, search: Search
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Labels (N,) of images that are equal by md5 or by all their hashes, and pairs (left, right) of labels that are near."""
-    # Where many coefficients are equal (a flat or nearly empty picture) the median splits them unevenly, and the bits say nothing.
-    telling = np.flatnonzero(np.bitwise_count(images).sum(1, dtype=np.int64) == PHASH_BITS // 2)
+    says = np.flatnonzero(telling(images))
     # The search needs one of the files with the same hashes, or ten thousand copies would be 50 million pairs.
-    hashes = np.hstack([images, mirrors, colors])[telling]
+    hashes = np.hstack([images, mirrors, colors])[says]
     code = codes(pa.FixedSizeBinaryArray.from_buffers(pa.binary(hashes.shape[1]), len(hashes), [None, pa.py_buffer(hashes)]))
-    one = telling[_first(code)]
-    labels = join(len(md5), np.concatenate([np.arange(len(md5)), telling]), np.concatenate([_first(md5)[md5], one[code]]))
+    one = says[_first(code)]
+    labels = join(len(md5), np.concatenate([np.arange(len(md5)), says]), np.concatenate([_first(md5)[md5], one[code]]))
 
     entries = np.concatenate([images[one], mirrors[one]])  # a mirrored copy is one whose phash is near another's mirror
     left, right = search(entries, description.phash_bits, len(one))
@@ -126,6 +137,14 @@ def _same(
         steps = np.abs(color_values(colors[left[piece]]).astype(np.int64) - color_values(colors[right[piece]])).sum(1)
         near[piece] = steps <= description.color_steps
     return labels, labels[left[near]], labels[right[near]]
+
+
+def telling(images: np.ndarray) -> np.ndarray:
+    """Whether (N,) the bits of uint8 (N, 18) phashes say something.
+
+    Where many coefficients are equal (a flat or nearly empty picture) the median splits them unevenly, and all such look alike.
+    """
+    return np.bitwise_count(images).sum(1, dtype=np.int64) == PHASH_BITS // 2
 
 
 def _first(code: np.ndarray) -> np.ndarray:

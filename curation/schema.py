@@ -233,6 +233,32 @@ DUPLICATES = pa.schema(
     ]
 )
 
+SEMANTIC = pa.schema(
+    [
+        UID,
+        column("tower", pa.string(), "tower whose vectors were compared"),
+        column("group", pa.int64(), "group of images with nearly the same content, duplicates among them; null when there is no other"),
+        column("group_size", pa.int32(), "images in the group; 1 without others"),
+        column("representative", pa.bool_(), "true for the one image of the group to keep, and for images of no group"),
+        column("cosine", pa.float32(), "cosine to the group's representative, corpus mean taken off; null for it and its own duplicates"),
+        column("nearest", pa.float32(), "largest cosine to another image that was looked at; null when it is a duplicate, or was alone"),
+        ERROR,
+    ]
+)
+
+CONCEPTS = pa.schema(
+    [
+        UID,
+        column("tower", pa.string(), "tower whose vectors were clustered"),
+        column("leaf", pa.int32(), "cluster of the finest level"),
+        column("path", pa.list_(pa.int32()), "its clusters, the coarsest level first, the leaf last"),
+        column("sizes", pa.list_(pa.int32()), "images in each of them, only those that `k2 dedup` keeps counted"),
+        column("weight", pa.float32(), "balanced sampling weight: the tree shared evenly from the top; mean 1 over counted images"),
+        column("draw", pa.float64(), "a number in 0 to 1 made from the uid: `draw < target * weight` takes a balanced subset"),
+        ERROR,
+    ]
+)
+
 TAGS = pa.schema(
     [
         column("model", pa.string(), "name of the SAE that the feature belongs to", nullable=False),
@@ -296,6 +322,8 @@ TABLES = {
     "artifacts": (ARTIFACTS, "annotations/artifacts/<shard>.parquet"),
     "failed shards": (FAILED_SHARDS, "failed_shards.parquet, from `k2 annotate`: tried again by the next run"),
     "duplicates": (DUPLICATES, "annotations/duplicates/all.parquet, from `k2 dedup`"),
+    "semantic": (SEMANTIC, "annotations/semantic/all.parquet, from `k2 dedup`"),
+    "concepts": (CONCEPTS, "annotations/concepts/all.parquet, from `k2 dedup`"),
     "tags": (TAGS, "curation/weights/*.tags.csv"),
     "selection": (SELECTION, "selection/<policy>.parquet, from `k2 filter`"),
     "packed": (PACKED, "packed/<policy>/<n>.parquet, from `k2 pack`"),

@@ -15,7 +15,7 @@ from curation.printable import printable
 VERBS = {
     "demo": "the whole way on a small set of images, then report.html; works offline",
     "annotate": "stages over shards: facts about every image, as Parquet",
-    "dedup": "exact and perceptual duplicate groups, as an annotation",
+    "dedup": "duplicate groups (exact, perceptual, semantic) and concepts, as annotations",
     "filter": "a policy over the annotations: selection and funnel",
     "pack": "a selection as training shards: crop, resize, bucket, shuffle",
     "train": "the curriculum on packed shards; again to resume",

@@ -22,6 +22,7 @@ from curation.plots import number
 from curation.shards import write_bytes
 from pipelines.cli import call
 
+DEDUP = ("duplicates", "semantic", "concepts")  # annotations of `k2 dedup`
 THUMBNAIL = 224  # pixels; a page of some hundred pictures stays below 12 MB
 SAMPLE_GRID = 1400  # pixels
 PER_RULE, PER_GROUP, NUM_GROUPS, NUM_BROKEN, NUM_PACKED = 8, 6, 20, 100, 8
@@ -97,7 +98,7 @@ def stages(run: str) -> list[dict[str, Any]]:
     described = _run_json(run).get("description", {}).get("stages", {})
     for stage in (rows := explore.annotations(run)):
         text = described.get(stage["stage"], {}).get("description")
-        stage["description"] = json.dumps(text) if text else "k2 dedup" if stage["stage"] == "duplicates" else ""
+        stage["description"] = json.dumps(text) if text else "k2 dedup" if stage["stage"] in DEDUP else ""
     return rows
 
 
