@@ -78,7 +78,9 @@ def codes(sae: Sae, vectors: np.ndarray, tower_identity: str, k: int = 32) -> li
         ValueError: the vectors come from another tower.
     """
     check_identity("this SAE", sae.metadata.get("tower", "a tower that its cfg.json does not name"), tower_identity, "sae")
-    features, values = encode(sae, torch.from_numpy(vectors).to(sae.w_enc), k)
+    # In float64: where the weights lie in memory moves the last bit of a float32 product, and with it the bytes of an annotation.
+    big = sae.to(torch.float64)
+    features, values = encode(big, torch.from_numpy(vectors).to(big.w_enc), k)
     values = values.float()
     return [
         [{"feature": f, "value": v} for f, v in zip(*row, strict=True) if v > 0]

@@ -176,7 +176,7 @@ DEFECTS = pa.schema(
         column("rolloff", pa.float32(), "part of Nyquist's frequency with 99 % of the gradient's energy, sharper axis; low is also style"),
         column("banding", pa.float32(), "share of places with a false contour: a step of 3 to 24 levels between two plateaus"),
         column("combing", pa.float32(), "share of places where odd and even rows differ as interlaced fields do, less that of columns"),
-        column("inset_y", pa.float32(), "share of the height in equal bars above and below a picture set into another, 0 to 0.9"),
+        column("inset_y", pa.float32(), "share of the height in equal bars above and below a picture set into another, 0 to 0.72"),
         column("inset_x", pa.float32(), "the same of the width, left and right"),
         ERROR,
     ]
