@@ -65,7 +65,9 @@ def seeds(target: str) -> str:
     for i, file in enumerate(files):
         if target == "tar":
             if i % 20 == 0:
-                tar_of([(f"a/{j}.{name}", x.content) for j, x in enumerate(files[i : i + 3]) for name in ("jpg", "txt")], folder / f"{i}.tar")
+                tar_of(
+                    [(f"a/{j}.{name}", x.content) for j, x in enumerate(files[i : i + 3]) for name in ("jpg", "txt")], folder / f"{i}.tar"
+                )
         else:
             (folder / file.name).write_bytes(file.content)
     return str(folder)

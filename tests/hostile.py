@@ -60,9 +60,24 @@ def clean(container: str) -> bytes:
     return made[container]()
 
 
-CONTAINERS = (
-    "jpeg progressive_jpeg grey_jpeg cmyk_jpeg png palette_png grey16_png webp lossless_webp gif bmp tiff lzw_tiff avif heic jxl"
-).split()
+CONTAINERS = [
+    "jpeg",
+    "progressive_jpeg",
+    "grey_jpeg",
+    "cmyk_jpeg",
+    "png",
+    "palette_png",
+    "grey16_png",
+    "webp",
+    "lossless_webp",
+    "gif",
+    "bmp",
+    "tiff",
+    "lzw_tiff",
+    "avif",
+    "heic",
+    "jxl",
+]
 SUFFIX = {"webp": "webp", "gif": "gif", "bmp": "bmp", "tiff": "tif", "avif": "avif", "heic": "heic", "jxl": "jxl", "png": "png"}
 
 
@@ -223,7 +238,13 @@ def _png_plus(extra: bytes) -> bytes:
 def _lies() -> Iterator[Hostile]:
     """Headers that say something else than the pixels."""
     rows = bytes(80 * (1 + 3 * 96))
-    for name, width, height in (("wider", 500, 80), ("higher", 96, 5_000), ("zero_width", 0, 80), ("zero_height", 96, 0), ("negative", -1, -1)):
+    for name, width, height in (
+        ("wider", 500, 80),
+        ("higher", 96, 5_000),
+        ("zero_width", 0, 80),
+        ("zero_height", 96, 0),
+        ("negative", -1, -1),
+    ):
         yield Hostile(f"lie_png_{name}.png", png(width, height, 8, 2, rows), "error")
     yield Hostile("lie_png_narrower.png", png(9, 9, 8, 2, rows), "any")
     yield Hostile("lie_png_bad_crc.png", png(96, 80, 8, 2, rows, crc=False), "any")

@@ -106,9 +106,7 @@ def test_without_an_accelerator_there_is_one_pool_unless_servers_are_asked_for(r
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize(
-    "workers, servers, message", [(2, 1, "1 to 1 beside 1"), (1, 5, "--infer-workers 5"), (None, 2, "1 to 0")]
-)
+@pytest.mark.parametrize("workers, servers, message", [(2, 1, "1 to 1 beside 1"), (1, 5, "--infer-workers 5"), (None, 2, "1 to 0")])
 def test_pools_that_can_never_be_placed_are_refused(ray_cluster, workers, servers, message):
     with pytest.raises(ValueError, match=message):
         list(cluster.run(int, [1], "auto", workers, serve=functools.partial(serving, ""), num_servers=servers))
