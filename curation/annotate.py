@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from typing import Any, Protocol
 
 import numpy as np
@@ -25,7 +26,7 @@ import pyarrow.compute as pc
 from curation.decode import LIMITS, READS, Decoded, DecodeError, ImageBatch, Limits, decode_for
 from curation.schema import SAMPLES
 from curation.shards import describe, fingerprint, is_done, write_table
-from curation.sources import Shard, read_samples
+from curation.sources import Shard, read_rows
 
 READ_IMAGES = 32  # rows that are in memory with their encoded bytes
 BATCH_IMAGES = 128  # rows of one message to the accelerator; a forward pass sees those that decode
@@ -223,9 +224,10 @@ def prepare(
     """Read, decode as far as the greediest stage needs, run the CPU stages and make the towers' inputs: batches of BATCH_IMAGES rows."""
     parts: list[Prepared] = []
     start = time.perf_counter()
-    for samples in read_samples(shard, READ_IMAGES):
+    samples = read_rows(shard)
+    while rows := list(islice(samples, READ_IMAGES)):
         report.add("read", start)
-        parts.append(_prepare_samples(samples, stages, functions, report, limits, decode))
+        parts.append(_prepare_rows(rows, stages, functions, report, limits, decode))
         if sum(len(part.errors) for part in parts) >= BATCH_IMAGES:
             yield _joined(parts)
             parts = []
@@ -246,8 +248,8 @@ def _joined(parts: list[Prepared]) -> Prepared:
     )
 
 
-def _prepare_samples(
-    samples: pa.RecordBatch,
+def _prepare_rows(
+    rows: list[dict],
     stages: tuple[Stage, ...],
     functions: dict[Stage, StageFunction],
     report: Report,
@@ -255,10 +257,10 @@ def _prepare_samples(
     decode: Decode,
 ) -> Prepared:
     start = time.perf_counter()
-    uids, encoded, source_errors = (samples[name].to_pylist() for name in ("uid", "image", "error"))
-    source_errors = [error or ("no image bytes" if image is None else None) for image, error in zip(encoded, source_errors, strict=True)]
+    uids, encoded = [row["uid"] for row in rows], [row["image"] for row in rows]
+    source_errors = [row["error"] or ("no image bytes" if row["image"] is None else None) for row in rows]
     has_bytes = [i for i, error in enumerate(source_errors) if error is None]
-    ledger = _ledger(samples, encoded, stages)
+    ledger = _ledger(rows, stages)
     report.bytes += sum(len(encoded[i]) for i in has_bytes)
     errors, seen = list(source_errors), []
     values: dict[Stage, list[pa.Table]] = {stage: [] for stage in stages if not infers(stage)}
@@ -313,16 +315,20 @@ def _prepare_samples(
     )
 
 
-def _ledger(samples: pa.RecordBatch, encoded: list[bytes | None], stages: tuple[Stage, ...]) -> pa.Table:
+def _ledger(rows: list[dict], stages: tuple[Stage, ...]) -> pa.Table:
     """Facts of a sample that need no pixels, as far as a stage writes them."""
     wanted = {name for stage in stages for name in stage.schema.names}
-    columns = {name: samples[name] for name in SAMPLES.names if name in wanted and name not in ("image", "error")}
+    images = [row["image"] for row in rows]
+    columns = {
+        name: pa.array([row[name] for row in rows], SAMPLES.field(name).type)
+        for name in SAMPLES.names
+        if name in wanted and name not in ("image", "error")
+    }
     if "bytes" in wanted:
-        columns["bytes"] = pc.cast(pc.binary_length(samples["image"]), pa.int64())
+        columns["bytes"] = pa.array([None if image is None else len(image) for image in images], pa.int64())
     if "md5" in wanted:
-        columns["md5"] = pa.array(
-            [None if image is None else hashlib.md5(image, usedforsecurity=False).hexdigest() for image in encoded], pa.string()
-        )
+        digests = [None if image is None else hashlib.md5(image, usedforsecurity=False).hexdigest() for image in images]
+        columns["md5"] = pa.array(digests, pa.string())
     return pa.table(columns)
 
 

@@ -73,7 +73,7 @@ def _seconds(todo: dict[Shard, list[str]], rates: dict[str, float], parts: list[
     if rows is None or any(part not in rates and part not in SHARED for part in parts):
         return None
     share = {part: sum(part in names for names in todo.values()) / max(len(todo), 1) for part in parts if part not in SHARED}
-    return round(sum(rows * share.get(part, 1.0) * rates.get(part, 0.0) for part in parts), 1)
+    return round(sum(rows * share.get(part, 1.0) * rates.get(part, 0.0) for part in parts), 3)
 
 
 def _bytes_to_write(missing: dict[Shard, tuple[Stage, ...]], by_stage: Counter[str], run_dir: str) -> int | None:

@@ -32,6 +32,7 @@ SELECT
   concepts.draw < 1.0 * concepts.weight AS not_over_represented, -- 1: frequent concepts are thinned by chance, rare ones stay
   caption_source <> 'name' AS captioned, -- 2: a file name made into words is no caption
   duplicates.representative AS not_duplicate, -- 1: of files that show the same picture, also mirrored, one stays
+  semantic.representative OR missing('semantic') AS not_near_duplicate, -- 1: of images with nearly the same content, one stays
   synthetic.p_synthetic < 0.5 AS not_synthetic, -- 5: stricter than in pretraining
   NOT declared_ai OR missing('provenance') AS not_declared_ai, -- 5: the file itself says that a model made it
   buckets.scale >= 1 AS large_enough, -- 3: an enlarged image teaches softness as if it were detail
@@ -48,6 +49,7 @@ SELECT
 FROM basics
 LEFT JOIN buckets USING (uid)
 LEFT JOIN duplicates USING (uid)
+LEFT JOIN semantic USING (uid)
 LEFT JOIN synthetic USING (uid)
 LEFT JOIN provenance USING (uid)
 LEFT JOIN text_density USING (uid)
