@@ -22,7 +22,18 @@ from PIL import AvifImagePlugin, Image, UnidentifiedImageError
 from pillow_jxl import JpegXLImagePlugin
 
 from curation.color import array_to_srgb, to_rgb
-from curation.formats import FORMATS, MAX_TAG_VALUES, TIFF_STARTS, early_size, gif_frames, jpeg_scans, looks_like, png_is_short, tiff_pages
+from curation.formats import (
+    FORMATS,
+    MAX_FRAMES,
+    MAX_TAG_VALUES,
+    TIFF_STARTS,
+    early_size,
+    gif_frames,
+    jpeg_scans,
+    looks_like,
+    png_is_short,
+    tiff_pages,
+)
 
 # One core per decode: the workers beside this one have the others.
 cv2.setNumThreads(1)
@@ -190,7 +201,7 @@ def _jpeg(encoded: bytes, image: Image.Image, reads: str, limits: Limits) -> Dec
         image.mode,
         width,
         height,
-        getattr(image, "n_frames", 1),
+        min(getattr(image, "n_frames", 1), MAX_FRAMES),
         tuple(table) if table is not None and len(table) == 64 else None,
     )
     profile, orientation = image.info.get("icc_profile"), _orientation(image)
@@ -221,7 +232,7 @@ def _other(encoded: bytes, image: Image.Image, reads: str, limits: Limits) -> De
     if image.format == "TIFF":
         num_frames, _ = tiff_pages(encoded)
     else:
-        num_frames = gif_frames(encoded) if image.format == "GIF" else getattr(image, "n_frames", 1)
+        num_frames = gif_frames(encoded) if image.format == "GIF" else min(getattr(image, "n_frames", 1), MAX_FRAMES)
     # An image of a HEIF file may be another than the first; its plugin opens the one that the file names.
     if image.format != "HEIF":
         image.seek(0)

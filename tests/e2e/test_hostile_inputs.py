@@ -16,6 +16,7 @@ from hostile import CONTAINERS, SUFFIX, Hostile, clean, images
 
 from curation.decode import decode_for
 
+FACTS = ("--recipe", "basics", "--ray", "off", "--max-bad", "1")
 MEMORY = 3 << 30  # address space beyond what an idle interpreter with our imports has; the largest allowed image has 600 MB of RGB
 CAPTIONS = {
     "script": b"<script>document.title = 'owned'</script><img src=x onerror=alert(1)>",
@@ -53,13 +54,13 @@ def k2(*arguments: str, home: Path) -> subprocess.CompletedProcess:
 def annotated(corpus, tmp_path_factory) -> Path:
     """A run over one tar of all files, each with one of the captions above beside it."""
     place = tmp_path_factory.mktemp("hostile")
-    texts = list(CONTAINERS and CAPTIONS.values())
+    texts = list(CAPTIONS.values())
     files = []
     for i, file in enumerate(corpus):
         files += [(f"{i:04d}.{file.name.rpartition('.')[2]}", file.content), (f"{i:04d}.txt", texts[i % len(texts)])]
     (place / "source").mkdir()
     tar_of(files, place / "source" / "all.tar")
-    done = k2("annotate", "--source", str(place / "source"), "--out", str(place / "run"), "--recipe", "basics", "--ray", "off", home=place)
+    done = k2("annotate", "--source", str(place / "source"), "--out", str(place / "run"), *FACTS, home=place)
     assert done.returncode == 0, done.stderr[-3000:]
     return place / "run"
 
@@ -112,7 +113,7 @@ def test_captions_pass_through_dedup_filter_and_report_as_text_and_nothing_else(
         assert "\x1b[2J" not in done.stdout + done.stderr
     page = (annotated / "report.html").read_text()
     assert "<script>document.title" not in page and "<img src=x" not in page
-    assert duckdb.sql(f"SELECT count(*) FROM '{annotated}/annotations/basics/*.parquet'").fetchone() == (len(corpus),)
-    captions = [row["caption"] for row in basics(annotated)]
-    assert captions[1] == "'; DROP TABLE basics; --" and "\x00" not in "".join(captions)
+    assert duckdb.sql(f"SELECT count(*) FROM '{annotated}/annotations/basics/*.parquet'").fetchall() == [(len(corpus),)]
+    texts = [text.decode("utf-8", "replace") for text in CAPTIONS.values()]
+    assert [row["caption"] for row in basics(annotated)] == [texts[i % len(texts)] for i in range(len(corpus))]
     assert json.loads((annotated / "selection" / "everything.funnel.json").read_text())["num_images"] == len(corpus)
