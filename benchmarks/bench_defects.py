@@ -33,8 +33,8 @@ TEXT_EVERY = 3  # of the real images, one in so many is searched for text, which
 SMALL_TEXT = 12  # pixels of box height at the training resolution under which letters are lost
 RULES: dict[str, Callable[[dict], bool]] = {  # true: the image goes; the policies hold the same lines in SQL
     "not_enlarged": lambda f: f["resampling"] > 0.14,
-    "not_blocky": lambda f: f["blockiness"] > 1.5,
-    "not_posterised": lambda f: f["banding"] > 0.003 or f["level_gaps"] > 0.8,
+    "not_blocky": lambda f: f["blockiness"] > 1.6,
+    "not_posterised": lambda f: f["banding"] > 0.004 or f["level_gaps"] > 0.8,
     "not_interlaced": lambda f: f["combing"] > 0.009,
     "no_inset": lambda f: max(f["inset_y"], f["inset_x"]) > 0.08,
     "not_oversaturated": lambda f: f["clipped_both"] > 0.01,
@@ -173,7 +173,7 @@ def main(images: str, num: int = 60) -> None:
         "style_removed": {half: recall[half]["style"] for half in recall},
         "free": {fault: _free(halves, fault, *COLUMN[fault]) for fault in COLUMN},
         "real_removed": {
-            kind: {name: sum(map(rule, found)) for name, rule in RULES.items()} | {"of": len(found)} for kind, found in kinds.items()
+            kind: {name: int(sum(map(rule, found))) for name, rule in RULES.items()} | {"of": len(found)} for kind, found in kinds.items()
         },
         "cpu_ms": cost([pixels for _, _, pixels in photos], text),
         "machine": platform.processor() or platform.machine(),
