@@ -35,13 +35,22 @@ SELECT
   greatest(least(border_top, border_bottom), least(border_left, border_right)) <= 0.05 AS no_border, -- 3: frames, letterboxes
   coalesce(jpeg_quality, 100) >= 10 AS not_crushed, -- 3: blocks that hide the picture even at 256 pixels
   complexity <= 0.30 AS not_too_complex, -- 4: bytes per pixel as JPEG; crowds, gravel and foliage turn to mush at 256 pixels
-  text_area <= 0.15 OR text_height_median * 256 >= 8 OR missing('text_density') AS not_too_much_text, -- 4: small text over much of it
+  blockiness <= 1.6 OR missing('defects') AS not_blocky, -- 3: 8 x 8 blocks, also under a second save, in a PNG or off the grid
+  (banding <= 0.004 AND level_gaps <= 0.8) OR missing('defects') AS not_posterised, -- 3: false contours, or a fifth of the tones left
+  combing <= 0.009 OR missing('defects') AS not_interlaced, -- 3: two moments of a video in alternate rows
+  greatest(inset_y, inset_x) <= 0.08 OR missing('defects') AS no_inset, -- 3: a picture between bars of its own blur
+  clipped_both <= 0.01 OR missing('defects') AS not_oversaturated, -- 3: one channel full where another is empty
+  clipped_high <= 0.45 OR clipped_partly <= 0.05 OR missing('defects') AS not_overexposed, -- 3: light that lost its hue; high key stays
+  luma_high >= 40 OR missing('defects') AS not_dark, -- 2: hardly a tone to describe; low key has lights
+  CASE WHEN boxes IS NOT NULL THEN coalesce(list_sum([b.area FOR b IN boxes IF b.text_height * 256 < 12]), 0) <= 0.1 END
+    OR missing('text_density') AS text_readable, -- 4: a tenth of the image in letters that nobody can read at this resolution
   CASE WHEN artifacts.error IS NULL AND artifacts.uid IS NOT NULL THEN num_tags IS NULL END AS no_artifact_tag -- 3: signed-off SAE features
 FROM basics
 LEFT JOIN buckets USING (uid)
 LEFT JOIN duplicates USING (uid)
 LEFT JOIN synthetic USING (uid)
 LEFT JOIN provenance USING (uid)
+LEFT JOIN defects USING (uid)
 LEFT JOIN text_density USING (uid)
 LEFT JOIN artifacts USING (uid)
 LEFT JOIN artifact_tags USING (uid)

@@ -1,7 +1,6 @@
 """Policies: what the SQL says, what it decides, and what its errors say."""
 
 import json
-import re
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,7 +12,7 @@ from curation.buckets import crop_box, nearest_bucket
 from curation.policy import WEIGHTS, Policy, Term, decide, read_tags, rules
 from curation.policy import select as write_selection
 from curation.rules import functions, parse
-from curation.schema import ARTIFACTS, BASICS, DUPLICATES, PROVENANCE, SELECTION, SYNTHETIC, TEXT_DENSITY
+from curation.schema import ARTIFACTS, BASICS, DEFECTS, DUPLICATES, PROVENANCE, SELECTION, SYNTHETIC, TEXT_DENSITY
 from curation.shards import write_table
 from pipelines import cli
 from pipelines.filter import POLICIES, find, ours
@@ -34,7 +33,7 @@ GOOD = {
     "jpeg_quality": 90,
 }
 HEADER = "-- resolution: 256\n"
-STAGES = ("duplicates", "synthetic", "artifacts", "provenance", "text_density")
+STAGES = ("duplicates", "synthetic", "artifacts", "provenance", "defects", "text_density")
 CONCEPTS = pa.schema({"uid": pa.string(), "leaf": pa.int64(), "weight": pa.float64(), "draw": pa.float64(), "error": pa.string()})
 
 
@@ -48,7 +47,11 @@ def write_run(run: Path, images: dict[str, dict], stages: tuple[str, ...] = STAG
         "synthetic": (SYNTHETIC, {"p_synthetic": 0.1}),
         "artifacts": (ARTIFACTS, {"codes": []}),
         "provenance": (PROVENANCE, {"declared_ai": False}),
-        "text_density": (TEXT_DENSITY, {"text_area": 0.0, "text_height_median": 1.0}),
+        "text_density": (TEXT_DENSITY, {"boxes": []}),
+        "defects": (
+            DEFECTS,
+            dict.fromkeys(DEFECTS.names, 0.0) | {"luma_high": 250, "grid_x": 0, "grid_y": 0, "luma_low": 0, "error": None},
+        ),
         "concepts": (CONCEPTS, {"leaf": 1, "weight": 0.5, "draw": 0.25}),
     }
     for stage in ("basics", *stages):
@@ -56,6 +59,11 @@ def write_run(run: Path, images: dict[str, dict], stages: tuple[str, ...] = STAG
         table = [{name: row.get(name, None if "error" in row else usual.get(name)) for name in schema.names} for row in rows]
         write_table(pa.Table.from_pylist(table, schema), run / f"annotations/{stage}/s.parquet", "made by a test")
     return run
+
+
+def text(area: float, height: float) -> dict[str, float]:
+    """A box of text: its share of the image, and the height of its letters as a part of the short side."""
+    return {"x": 0.0, "y": 0.0, "width": 1.0, "height": area, "text_height": height, "area": area, "score": 0.9}
 
 
 def select(run: Path, policy: Policy, tags_dir: Path = WEIGHTS) -> tuple[pa.Table, dict]:
@@ -138,18 +146,28 @@ def test_each_rule_of_ours_removes_what_it_is_for_and_nothing_else_does(name, tm
         "no_border": {"border_left": 0.1, "border_right": 0.12},
         "not_crushed": {"jpeg_quality": 5},
         "not_too_complex": {"complexity": 0.6},
-        "not_too_much_text": {"text_area": 0.4, "text_height_median": 0.005},
+        "not_blocky": {"blockiness": 2.0},
+        "not_posterised": {"level_gaps": 0.9},
+        "not_interlaced": {"combing": 0.1},
+        "no_inset": {"inset_x": 0.3},
+        "not_oversaturated": {"clipped_both": 0.2},
+        "not_overexposed": {"clipped_high": 0.6, "clipped_partly": 0.2},
+        "not_dark": {"luma_high": 20},
+        "text_readable": {"boxes": [text(0.4, 0.005)]},
         "no_artifact_tag": {"codes": [{"feature": 8, "value": 9.0}, {"feature": 7, "value": 2.0}]},
     }
+    if resolution > 256:
+        faults["not_enlarged"] = {"resampling": 0.5}
     style = {
+        "high_key": {"clipped_high": 0.6},
         "motion_blur": {"laplacian_var": 3.0, "complexity": 0.02},
         "grain": {"laplacian_var": 4000.0, "complexity": 0.28},
         "sky": {"border_top": 0.4},
         "png": {"jpeg_quality": None},
         "other_tag": {"codes": [{"feature": 8, "value": 9.0}]},
         "weak_tag": {"codes": [{"feature": 7, "value": 0.5}]},
-        "poster": {"text_area": 0.5, "text_height_median": 0.1},
-        "small_print": {"text_area": 0.1, "text_height_median": 0.005},
+        "poster": {"boxes": [text(0.5, 0.1)]},
+        "small_print": {"boxes": [text(0.09, 0.005), text(0.5, 0.1)]},
         "white_product": {"white_ratio": 0.6, "rgb_entropy": 2.0},
         "edge": {"width": resolution, "height": resolution},
     }
@@ -164,11 +182,17 @@ def test_each_rule_of_ours_removes_what_it_is_for_and_nothing_else_does(name, tm
     assert all(rule["comment"].startswith(("1: ", "2: ", "3: ", "4: ", "5: ")) for rule in funnel["rules"])
 
 
-def test_complexity_and_compression_move_with_the_resolution_and_nothing_else_does():
+def test_only_what_a_resolution_shows_or_hides_moves_with_it():
     policies = {r: find(f"pretrain_{r}") for r in (256, 512, 1024)}
-    texts = {r: policy.sql[policy.sql.index("WITH ") :].splitlines() for r, policy in policies.items()}
-    moved = [lines for lines in zip(*texts.values(), strict=True) if len(set(lines)) > 1]
-    assert [re.search(r"AS (\w+)", lines[0])[1] for lines in moved] == ["not_crushed", "not_too_complex", "not_too_much_text"]
+    texts = [{rule.name: rule.expression for rule in rules(policy.sql)} for policy in policies.values()]
+    # An enlargement by two is gone again at 256 pixels, and most of the web is large enough for that.
+    assert [text.pop("not_enlarged", None) is None for text in texts] == [True, False, False]
+    assert [list(text) for text in texts] == [list(texts[0])] * 3
+    moved = [name for name in texts[0] if len({text[name] for text in texts}) > 1]
+    assert moved == ["not_crushed", "not_too_complex", "text_readable"]
+    heads = [policy.sql[policy.sql.index("WITH ") : policy.sql.index("SELECT\n")] for policy in policies.values()]
+    tails = [policy.sql[policy.sql.index("FROM basics") :] for policy in policies.values()]
+    assert len(set(heads)) == len(set(tails)) == 1
     for name in ("not_crushed", "not_too_complex"):  # the reason moves with the threshold, and the expression is otherwise the same
         terms = [{rule.name: rule for rule in rules(policy.sql)}[name].terms for policy in policies.values()]
         assert all(len(term) == 1 for term in terms) and len({(term[0].column, term[0].operator) for term in terms}) == 1
@@ -276,7 +300,7 @@ def test_what_a_policy_can_do_without_is_said_and_only_where_it_is_missing(tmp_p
     assert cli.main(["filter", "--run", str(lacking), "--policy", "pretrain_256"]) == 0
     shown = capsys.readouterr()
     assert json.loads(shown.out)["num_kept"] == 1
-    assert "no such annotation: not_declared_ai (provenance), not_too_much_text (text_density)" in shown.err
+    assert "no such annotation: not_declared_ai (provenance), not_blocky (defects)" in shown.err
     # Where the annotation is there, what it does not know is unknown, and not kept.
     unknown = write_run(tmp_path / "unknown", {"a": {"declared_ai": None}, "b": {}})
     selection, funnel = select(unknown, find("pretrain_256"))
