@@ -14,7 +14,7 @@ from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from curation import detector
-from curation.decode import DecodeError, decode
+from curation.decode import DecodeError, decode_for
 from curation.detector import Rows
 from curation.fitted import check_identity, out_dir, parse_tower, tower_spec
 from curation.shards import file_hash
@@ -98,12 +98,12 @@ def read_rows(images: str, manifest: str, tower: Tower, device: str) -> tuple[Ro
     for entry in tqdm(entries, desc=tower.name, unit="image", file=sys.stderr):
         path = Path(images) / entry["path"]
         try:
-            image, header = decode(path.read_bytes())
+            header, view, pixels = decode_for(path.read_bytes(), tower.reads)  # as far as `k2 annotate` decodes for this tower
         except (DecodeError, FileNotFoundError) as error:
             bad += 1
             print(f"left out {path}: {error}", file=sys.stderr)
             continue
-        vectors.append(encode([image]).pooled[0])
+        vectors.append(encode([view if pixels is None else pixels]).pooled[0])
         kept.append((entry["label"] == "synthetic", entry["generator_or_source"], entry["kind"], header.width * header.height / 1e6))
     if not kept:
         raise ValueError(f"none of the {len(entries)} images of {manifest} could be read under {images}; is --images the right folder?")
