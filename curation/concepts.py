@@ -15,7 +15,7 @@ from curation.cells import Cells, kmeans, nearest, units
 from curation.groups import spread
 from curation.schema import CONCEPTS
 
-SAMPLE = 256  # training images per leaf, at most
+SAMPLE = 64  # training images per leaf: with 4 sqrt(N) leaves, training costs as much per image however many there are
 MOST_LEAVES = 16_384
 
 
@@ -30,8 +30,8 @@ class Concepts:
 
 
 def levels_for(num_images: int) -> tuple[int, ...]:
-    """Three levels: about 64 images to a leaf, eight clusters of one level to one of the next."""
-    leaves = max(1, min(num_images // 64, MOST_LEAVES))
+    """Three levels: 64 images to a leaf or more, eight clusters of one level to one of the next."""
+    leaves = max(1, min(num_images // 64, int(4 * num_images**0.5), MOST_LEAVES))
     return (leaves, max(1, leaves // 8), max(1, leaves // 64))
 
 
