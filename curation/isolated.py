@@ -2,8 +2,8 @@
 
     this process --bytes--> a server that never decodes --fork--> one child per image, which may crash, hang or eat memory
 
-A decoder that crashes takes its process along, and with it a shard's worker. Whoever tries such a shard again decodes here: about
-2 ms per image more, and every image is an array or a `DecodeError`. Linux only (`fork`, /proc).
+A decoder that crashes takes its process along, and with it a shard's worker. Whoever tries such a shard again decodes here: a fork of
+some ten milliseconds per image, and every image is an array or a `DecodeError`. Linux only (`fork`, /proc).
 """
 
 import atexit
