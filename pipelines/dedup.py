@@ -52,7 +52,8 @@ def dedup(
         run: Run folder that `k2 annotate` wrote.
         tower: Embeddings for semantic groups and concepts: effnet, siglip or any other annotation of vectors; default siglip, else effnet.
         cosine: Smallest cosine of two images of one semantic group; default the measured one of the tower.
-        levels: Clusters per level of concepts, the finest first (512 64 8); default one leaf per 64 images (at most 4 sqrt(images)), 8 times fewer above.
+        levels: Clusters per level of concepts, the finest first (512 64 8); default one leaf per 64 images, at most 4 sqrt(images), and
+            8 times fewer above it.
         ray: off (this process), auto (a running Ray cluster, else this machine) or a Ray address.
         workers: Ray workers; default one per CPU.
         memory_gb: Memory of one worker. A search that needs more is cut into partitions, on disk under RUN/dedup until it ends.
