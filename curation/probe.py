@@ -22,7 +22,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
 FOLDS = 5
-STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1)  # sklearn's C on standardised inputs and weights of mean 1
+STRENGTHS = (1e-5, 1e-4, 1e-3, 1e-2)  # sklearn's C on standardised inputs and weights of mean 1
 
 
 class Head(NamedTuple):
