@@ -129,6 +129,9 @@ def fit(rows: Rows, towers: dict[str, str], seed: int = 0) -> tuple[Detector, di
         heads[name] = probe.fit_linear(rows.vectors[name][:, : len(VIEWS)], labels, strength)
         chosen[name] = {"C": strength, "grouped_auroc": tried}
     calibration = calibrated(raw, labels)
+    for name, (slope, _) in calibration.platt.items():
+        if slope <= 0:
+            raise ValueError(f"{name}: scores of unseen groups do not rise with the label: these vectors cannot tell the two classes apart")
     kinds = fit_kinds(rows.vectors[SEMANTICS], labels) if SEMANTICS in rows.vectors else None
     reals = real_scores(calibration.fused(raw), labels)
     info = {

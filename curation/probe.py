@@ -124,13 +124,10 @@ def leave_one_group_out(vectors: np.ndarray, labels: Labels, num_train: int, str
 def platt(scores: np.ndarray, synthetic: np.ndarray, weights: np.ndarray) -> tuple[float, float]:
     """(slope, intercept) of the log odds in the score; two parameters, as isotonic steps would follow single sources here.
 
-    Raises:
-        ValueError: the scores do not rise with the label.
+    The slope is 0 where the scores do not rise with the label.
     """
-    coefficients, intercept = combine(scores[:, None], synthetic, weights)
-    if coefficients[0] <= 1e-6:
-        raise ValueError("scores of unseen groups do not rise with the label: these vectors cannot tell the two classes apart")
-    return float(coefficients[0]), intercept
+    (slope,), intercept = combine(scores[:, None], synthetic, weights)
+    return float(slope), intercept
 
 
 def combine(log_odds: np.ndarray, synthetic: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, float]:
@@ -147,6 +144,9 @@ def combine(log_odds: np.ndarray, synthetic: np.ndarray, weights: np.ndarray) ->
     num = {label: max(int((synthetic == label).sum()), 1) for label in (True, False)}
     target = np.where(synthetic, (num[True] + 1) / (num[True] + 2), 1 / (num[False] + 2))
     weights = weights / weights.sum()
+    scale = log_odds.std(0)
+    scale[scale == 0] = 1.0
+    log_odds = log_odds / scale  # scores of a strongly regularised head are tiny, and the optimiser stops at a small slope
 
     def loss(parameters: np.ndarray) -> tuple[float, np.ndarray]:
         z = log_odds @ parameters[:-1] + parameters[-1]
@@ -156,7 +156,7 @@ def combine(log_odds: np.ndarray, synthetic: np.ndarray, weights: np.ndarray) ->
     k = log_odds.shape[1]
     start = np.append(np.full(k, 1 / k), 0.0)
     found = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=[(0, None)] * k + [(None, None)], options={"ftol": 1e-12})
-    return found.x[:-1], float(found.x[-1])
+    return found.x[:-1] / scale, float(found.x[-1])
 
 
 def _auroc(scores: np.ndarray, synthetic: np.ndarray) -> float:

@@ -25,7 +25,7 @@ def scores(run: str) -> dict[str, np.ndarray]:
     if not files:
         raise FileNotFoundError(f"{run} has no annotation 'synthetic'; run `k2 annotate` first")
     query = "SELECT * FROM read_parquet(?) WHERE p_synthetic IS NOT NULL ORDER BY uid"
-    table = duckdb.connect().execute(query, [files]).to_arrow_table()
+    table = duckdb.connect().sql(query, params=[files]).to_arrow_table()
     found = {name: np.array(table[name].to_pylist(), object) for name in table.column_names if name != "error"}
     for name in ("p_synthetic", "p_pixels", "p_semantics", "real_share"):
         found[name] = found[name].astype(float)
