@@ -20,7 +20,7 @@ STRENGTH = 1e-3
 
 def format_only(container: np.ndarray, labels: Labels, seed: int) -> np.ndarray:
     """(N, 1) scores of boosted trees on container facts (N, F) alone, whole generators and sources held out."""
-    scores = np.zeros((len(container), 1))
+    scores, container = np.zeros((len(container), 1)), np.nan_to_num(container, nan=-1)  # a column of nothing but NaN is refused
     for mask in probe.group_folds(labels, seed):
         model = HistGradientBoostingClassifier(max_iter=60, max_leaf_nodes=8, min_samples_leaf=5, random_state=seed)
         if len(np.unique(labels.synthetic[~mask])) == 2:

@@ -66,7 +66,7 @@ def small_run(folder: Path) -> Path:
 
 
 def write_scores(run: Path) -> None:
-    """P(AI-generated) 0.9, real_share 0.01 for astronaut.jpg, else 0.1, 0.5; feature 7 fires everywhere, feature 3 on three with 1, 2, 3."""
+    """P(AI-generated) 0.9, real_share 0.01 for astronaut.jpg, else 0.1, 0.5; feature 7 fires everywhere, 3 on three with 1, 2, 3."""
     for shard in load_listing(str(run)):
         uids = [f"{shard.name}/{member}" for member in shard.members]
         errors = ["broken" if "truncated" in uid else None for uid in uids]

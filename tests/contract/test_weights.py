@@ -10,12 +10,12 @@ from curation import detector, fitted, sae, tags
 from curation.shards import file_hash
 
 FOLDERS = sorted(path for path in fitted.WEIGHTS_DIR.iterdir() if path.is_dir() and path.name != "__pycache__")
-PROBES = [path for path in FOLDERS if (path / detector.INFO_FILE).exists()]
+DETECTORS = [path for path in FOLDERS if (path / detector.INFO_FILE).exists()]
 SAES = [path for path in FOLDERS if (path / sae.INFO_FILE).exists()]
 
 
-def test_both_offline_towers_have_a_probe_and_the_semantic_one_an_sae():
-    assert [path.name for path in PROBES] == ["synthetic-compact", "synthetic-effnet"]
+def test_there_is_one_detector_and_one_sae():
+    assert [path.name for path in DETECTORS] == ["synthetic"]
     assert [path.name for path in SAES] == ["sae-effnet"]
 
 
@@ -25,30 +25,36 @@ def test_only_arrays_and_text_ship_and_they_are_small():
     assert sum(path.stat().st_size for path in files) < 8e6
 
 
-@pytest.mark.parametrize("folder", PROBES + SAES, ids=lambda path: path.name)
-def test_a_model_belongs_to_the_tower_that_is_installed_and_says_what_made_it(folder):
-    info = json.loads((folder / (detector.INFO_FILE if folder in PROBES else sae.INFO_FILE)).read_text())
-    info = info if folder in PROBES else info["metadata"]
-    tower = fitted.parse_tower(info["tower_spec"])
-    assert info["tower"] == tower.identity
-    assert (
-        info["command"].startswith(f"k2 {'synthetic' if folder in PROBES else 'sae'} fit --") and f"--out {folder.name}" in info["command"]
-    )
-    assert info["data"] and info["evaluation"]
+def test_the_sae_belongs_to_the_tower_that_is_installed_and_says_what_made_it():
+    metadata = sae.load("sae-effnet").metadata
+    assert metadata["tower"] == fitted.parse_tower(metadata["tower_spec"]).identity
+    assert metadata["command"].startswith("k2 sae fit --") and "--out sae-effnet" in metadata["command"]
+    assert metadata["data"] and metadata["evaluation"]
 
 
-@pytest.mark.parametrize("folder", PROBES, ids=lambda path: path.name)
-def test_a_probe_carries_its_honest_figures_and_its_thresholds(folder):
-    probe = detector.load(folder.name)
-    evaluation, thresholds = probe.info["evaluation"], probe.info["thresholds"]
-    assert 0.5 < thresholds["fpr_5"] < thresholds["fpr_1"] < 1
-    assert {"mean", "worst", "generators"} <= set(evaluation["disjoint"])
-    controls = evaluation["controls"]
-    assert evaluation["disjoint"]["mean"]["auroc"] < controls["auroc_random_split"], "unseen groups are harder, or something leaks"
-    assert abs(controls["auroc_permuted_labels"] - 0.5) < 0.06
-    real = evaluation["leave_one_group_out"]["real"]
-    assert real["flagged_at_fpr_5"] <= 0.05 and real["flagged_at_fpr_1"] <= 0.01
-    assert probe.weight.dtype == np.float32 and probe.slope > 0
+def test_the_detector_belongs_to_the_towers_that_are_installed_and_says_what_made_it():
+    info = detector.load("synthetic").info
+    assert list(info["tower_specs"]) == ["pixels", "semantics"]
+    for branch, spec in info["tower_specs"].items():
+        assert info["towers"][branch] == fitted.parse_tower(spec).identity
+    assert info["command"].startswith("k2 synthetic fit --") and "--out synthetic" in info["command"]
+    assert info["data"]["real"] > 500 and info["data"]["synthetic"] > 400 and info["data"]["images"]
+
+
+def test_the_detector_carries_its_honest_figures_and_its_thresholds():
+    found = detector.load("synthetic")
+    card, thresholds = found.info["evaluation"], found.info["thresholds"]
+    crop, controls = card["views"]["crop"], card["controls"]
+    assert {"mean", "worst", "generators"} <= set(crop)
+    assert abs(controls["permuted_labels"] - 0.5) < 0.06
+    assert crop["mean"]["auroc"] > controls["format_only"], "a detector must know more than what the file's facts say"
+    assert {"all", "photo", "illustration", "render"} <= set(thresholds), "every kind with 40 images has thresholds of its own"
+    for entry in thresholds.values():
+        cuts = [entry[share]["p_synthetic"] for share in ("0.15", "0.05", "0.01") if entry[share]]
+        assert cuts == sorted(cuts) and len(cuts) >= 2
+        assert entry["0.05"]["loss"][0] < 0.05 < entry["0.05"]["loss"][1]
+    assert all(slope > 0 for slope, _ in found.calibration.platt.values()) and (found.calibration.weights >= 0).all()
+    assert all(head.weight.dtype == np.float32 for head in found.heads.values())
 
 
 @pytest.mark.parametrize("folder", SAES, ids=lambda path: path.name)

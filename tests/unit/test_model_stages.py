@@ -1,11 +1,14 @@
 """The stages `synthetic` and `artifacts`, with the models that ship and with models of another tower."""
 
+import io
 import json
 import pickle
 import shutil
 
 import numpy as np
 import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from curation import detector, fitted, sae, towers
 from curation.annotate import stage_fingerprint
@@ -16,7 +19,7 @@ from curation.stages.embedding import Embedding
 from curation.stages.synthetic import Synthetic
 from curation.towers import Compact, EffNet, Siglip
 
-STAGES = [Synthetic("synthetic-effnet"), Synthetic("synthetic-compact"), Artifacts("sae-effnet")]
+STAGES = [Synthetic("synthetic"), Artifacts("sae-effnet")]
 
 
 def batch(num: int = 4) -> ImageBatch:
@@ -32,8 +35,11 @@ def test_a_stage_gives_one_value_per_image_in_the_columns_of_its_schema(stage):
     columns = stage.load("cpu")(batch())
     assert ["uid", *columns, "error"] == stage.schema.names
     if stage.name == "synthetic":
-        assert columns["p_synthetic"].dtype == np.float32 and columns["p_synthetic"].shape == (4,)
-        assert (columns["p_synthetic"] > 0).all() and (columns["p_synthetic"] < 1).all()
+        for name in ("p_synthetic", "p_pixels", "p_semantics", "real_share"):
+            assert columns[name].dtype == np.float32 and columns[name].shape == (4,)
+            assert (columns[name] > 0).all() and (columns[name] <= 1).all()
+        assert columns["declared"] == [None] * 4
+        assert set(columns["kind"].tolist()) <= set(detector.load(stage.model).info["kinds"])
     else:
         num_features = sae.load(stage.model).num_features
         assert len(columns["codes"]) == 4
@@ -43,21 +49,35 @@ def test_a_stage_gives_one_value_per_image_in_the_columns_of_its_schema(stage):
             assert all(0 <= code["feature"] < num_features for code in codes)
 
 
-@pytest.mark.parametrize("stage", [STAGES[0], STAGES[2]], ids=lambda stage: stage.model)
+@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.model)
 def test_an_image_gets_the_same_bits_alone_and_in_a_batch(stage):
     compute, whole = stage.load("cpu"), batch()
-    (column,) = (name for name in stage.schema.names if name not in ("uid", "error"))
-    alone = [compute(ImageBatch([whole.uids[i]], [whole.encoded[i]], [whole.images[i]], [whole.headers[i]]))[column][0] for i in range(4)]
-    assert list(compute(whole)[column]) == alone
+    alone = [compute(ImageBatch([whole.uids[i]], [whole.encoded[i]], [whole.images[i]], [whole.headers[i]])) for i in range(4)]
+    for column, values in compute(whole).items():
+        assert list(values) == [one[column][0] for one in alone]
+
+
+def test_evidence_of_a_tower_that_is_left_out_is_null_and_the_file_still_speaks():
+    text = PngInfo()
+    text.add_text("parameters", "a cat\nSteps: 20, Sampler: Euler a, CFG scale: 7, Seed: 1, Size: 512x512, Model: sd15")
+    images = batch(2)
+    stream = io.BytesIO()
+    Image.fromarray(images.images[1]).save(stream, "PNG", pnginfo=text)
+    images.encoded[1] = stream.getvalue()
+    columns = Synthetic(towers=(Compact(),)).load("cpu")(images)
+    assert columns["p_semantics"] == columns["kind"] == [None, None]
+    assert columns["declared"] == [None, "plain"]
+    assert columns["p_synthetic"][0] == pytest.approx(columns["p_pixels"][0], abs=1e-6)
+    assert columns["p_synthetic"][1] > columns["p_pixels"][1]
 
 
 def test_stages_of_one_tower_share_its_forward_pass(monkeypatch):
     passes, pooled = [], towers.Encoder.pooled
     monkeypatch.setattr(towers.Encoder, "pooled", lambda encoder, inputs: (passes.append(len(inputs)), pooled(encoder, inputs))[1])
     images = batch()
-    for stage in (Embedding(EffNet()), Synthetic("synthetic-effnet"), Artifacts("sae-effnet")):
+    for stage in (Embedding(EffNet()), Synthetic(), Artifacts("sae-effnet"), Embedding(Compact())):
         stage.load("cpu")(images)
-    assert passes == [4]
+    assert passes == [4, 4], "one per tower"
 
 
 @pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.model)
@@ -74,25 +94,34 @@ def test_the_fingerprint_follows_the_weights_and_not_the_place(stage, tmp_path):
     assert stage_fingerprint(moved) != stage_fingerprint(stage)
 
 
-@pytest.mark.parametrize("stage, model, verb", [(Synthetic, "synthetic-effnet", "synthetic"), (Artifacts, "sae-effnet", "sae")])
-@pytest.mark.parametrize("tower, spec", [(Siglip(), "siglip:ViT-B-16-SigLIP2-256"), (Compact(), "compact")])
-def test_a_model_refuses_another_tower_and_says_how_to_fit_one(stage, model, verb, tower, spec):
+@pytest.mark.parametrize(
+    "stage, model, verb", [(Synthetic, "synthetic", "synthetic fit --towers"), (Artifacts, "sae-effnet", "sae fit --tower")]
+)
+def test_a_model_refuses_another_tower_and_says_how_to_fit_one(stage, model, verb):
+    tower = Siglip()
     with pytest.raises(ValueError) as error:
-        stage(model, tower)
+        stage(model, (tower,) if stage is Synthetic else tower)
     text = str(error.value)
-    assert EffNet().identity in text and tower.identity in text and f"k2 {verb} fit --tower {spec}" in text
+    assert EffNet().identity in text and tower.identity in text and f"k2 {verb} siglip:ViT-B-16-SigLIP2-256" in text
+
+
+def test_a_detector_takes_one_tower_of_a_branch_and_at_least_one():
+    for wrong in ((), (EffNet(), EffNet())):
+        with pytest.raises(ValueError, match="takes one tower for pixels and one for semantics"):
+            Synthetic(towers=wrong)
 
 
 def test_weights_of_the_same_tower_in_another_version_are_refused(tmp_path):
     folder = tmp_path / "probe"
-    shutil.copytree(fitted.WEIGHTS_DIR / "synthetic-effnet", folder)
-    info = json.loads((folder / "probe.json").read_text())
-    (folder / "probe.json").write_text(json.dumps(info | {"tower": "effnet/efficientnet_lite2/000000000000"}))
+    shutil.copytree(fitted.WEIGHTS_DIR / "synthetic", folder)
+    info = json.loads((folder / detector.INFO_FILE).read_text())
+    info["towers"]["semantics"] = "effnet/efficientnet_lite2/000000000000"
+    (folder / detector.INFO_FILE).write_text(json.dumps(info))
     with pytest.raises(ValueError, match="000000000000"):
         Synthetic(str(folder))
 
 
-@pytest.mark.parametrize("stage, names", [(Synthetic, "are synthetic-compact, synthetic-effnet"), (Artifacts, "are sae-effnet")])
+@pytest.mark.parametrize("stage, names", [(Synthetic, "are synthetic"), (Artifacts, "are sae-effnet")])
 def test_an_unknown_model_is_refused_with_the_packaged_names(stage, names):
     with pytest.raises(ValueError, match=f"no fitted model 'nonsense'.*{names}"):
         stage("nonsense")
