@@ -1,0 +1,126 @@
+"""`k2 synthetic pairs` and `k2 synthetic train`: the compact tower from a folder of images."""
+
+import json
+import shlex
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from curation import autoencoders, compact_train
+from curation.aligned import write_pairs
+from curation.compact_train import Pairs, Pictures, Recipe
+from curation.labelled import read_manifest
+from curation.shards import file_hash, write_json
+
+
+def pairs(images: str, out: str, autoencoder: tuple[str, ...], manifest: str | None = None, per_image: int = 2, seed: int = 0) -> int:
+    """Aligned pairs: crops of real images and their reconstructions, which differ by the decoder alone.
+
+    Args:
+        images: Folder of real images (one folder per source), or what the manifest's paths are relative to.
+        out: Folder to write; files that are there are kept.
+        autoencoder: Folders of diffusers or ONNX autoencoders, or .safetensors of `curation.autoencoders_train`; any number.
+        manifest: TSV as for fit; its rows labelled real are taken.
+        per_image: Pairs of one image and autoencoder.
+        seed: Of the crops.
+    """
+    real = [(str(path), group) for path, synthetic, group in entries(images, manifest) if not synthetic]
+    loaded = {Path(spec).stem: autoencoders.load(spec) for spec in autoencoder}
+    total = 0
+    for path, count, psnr in write_pairs(real, loaded, out, per_image=per_image, seed=seed):
+        total += count
+        print(json.dumps({"pairs": str(path), "count": count, "psnr": round(psnr, 2)}), flush=True)
+    print(json.dumps({"out": out, "new_pairs": total}))
+    return 0
+
+
+def train(
+    images: str,
+    out: str,
+    manifest: str | None = None,
+    pairs: str | None = None,
+    steps: int = 1000,
+    folds: int = 0,
+    fold_steps: int = 400,
+    device: str = "cpu",
+    seed: int = 0,
+) -> int:
+    """Train the compact tower: from labelled images, or from a folder of real images and aligned pairs alone.
+
+    With folds it is trained that often besides, each time without some generators and sources: `k2 synthetic fit --folds OUT` then
+    judges every image by a network that has not seen its group. Networks that are there already are kept.
+
+    Args:
+        images: Folder of images (one folder per source), or what the manifest's paths are relative to.
+        out: Folder to write: compact.safetensors, compact.json, fold-<i>.safetensors.
+        manifest: TSV as for fit; without it all images of the folder are real.
+        pairs: Folder of `k2 synthetic pairs`.
+        steps: Optimizer steps.
+        folds: How many networks besides.
+        fold_steps: Optimizer steps of each of those.
+        device: cpu or cuda.
+        seed: Of weights, crops and folds.
+    """
+    rows = list(entries(images, manifest))
+    paths, synthetic, group = ([row[i] for row in rows] for i in range(3))
+    pictures = Pictures([Path(path) for path in paths], np.array(synthetic), np.array(group))
+    aligned = Pairs.read(sorted(Path(pairs).glob("*.npz"))) if pairs else None
+    out_dir = Path(out)
+    command = ["k2", "synthetic", "train", "--images", images, "--out", out]
+    for name, value in {"manifest": manifest, "pairs": pairs, "steps": steps, "folds": folds, "fold-steps": fold_steps, "seed": seed}.items():
+        command += [f"--{name}", str(value)] if value else []
+    card = {
+        "command": shlex.join(command),
+        "data": {
+            "manifest": file_hash(manifest) if manifest else None,
+            "num_real": int((~pictures.synthetic).sum()),
+            "num_synthetic": int(pictures.synthetic.sum()),
+            "groups": sorted(set(group)),
+            "num_pairs": len(aligned.real) if aligned else 0,
+        },
+        "recipe": vars(Recipe(steps, seed=seed)),
+        "folds": [sorted(names) for names in compact_train.folds(pictures, folds, seed)] if folds else [],
+    }
+    jobs = [(out_dir / f"fold-{i}.safetensors", fold_steps, frozenset(names)) for i, names in enumerate(card["folds"])]
+    figures = {}
+    for path, count, held_out in [*jobs, (out_dir / "compact.safetensors", steps, frozenset())]:
+        if path.is_file():
+            continue
+        recipe = replace(Recipe(seed=seed), steps=count)
+        *_, figures[path.stem] = _trained(pictures, aligned, recipe, held_out, device, path)
+    write_json(card | {"figures": figures}, out_dir / "compact.json")
+    print(json.dumps({"out": out, "weights": file_hash(out_dir / "compact.safetensors"), "figures": figures}))
+    return 0
+
+
+def _trained(
+    pictures: Pictures, aligned: Pairs | None, recipe: Recipe, held_out: frozenset[str], device: str, path: Path
+) -> Iterator[dict]:
+    with tqdm(total=recipe.steps, desc=path.stem, unit="step", file=sys.stderr) as bar:
+        for found in compact_train.train(pictures, aligned, recipe, held_out, device):
+            if isinstance(found, dict):
+                bar.update(found["step"] - bar.n)
+                bar.set_postfix(found)
+                yield found
+            else:
+                compact_train.write(found, path)
+
+
+def entries(images: str, manifest: str | None) -> Iterator[tuple[str, bool, str]]:
+    """(path, synthetic, group) of the labelled images; without a manifest all are real, and a group is the folder that holds them."""
+    if manifest:
+        for row in read_manifest(manifest):
+            yield str(Path(images, row["path"])), row["label"] == "synthetic", row["generator_or_source"]
+        return
+    found = sorted(path for path in Path(images).rglob("*") if path.suffix.lower() in SUFFIXES)
+    if not found:
+        raise ValueError(f"no images under {images}; give the folder that holds them, or --manifest")
+    for path in found:
+        yield str(path), False, path.parent.name
+
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".tif", ".tiff", ".bmp")
