@@ -70,7 +70,9 @@ def write_run(run: Path, rows: int, rng: np.random.Generator) -> None:
         write_table(basics(name, keys, uids, broken, rng), run / f"annotations/basics/{name}.parquet", "made")
         error = pa.array(np.where(broken, "broken", None), pa.string())
         score = pa.array(rng.beta(0.4, 2, size).astype(np.float32), mask=broken)
-        write_table(pa.table([uids, score, error], schema=SYNTHETIC), run / f"annotations/synthetic/{name}.parquet", "made")
+        share = pa.array(rng.random(size, dtype=np.float32), mask=broken)
+        words = [pa.nulls(size, SYNTHETIC.field(name).type) for name in ("p_pixels", "p_semantics", "declared", "kind")]
+        write_table(pa.table([uids, score, *words, share, error], schema=SYNTHETIC), run / f"annotations/synthetic/{name}.parquet", "made")
         said = {name: pa.nulls(size, PROVENANCE.field(name).type) for name in PROVENANCE.names}
         said |= {"uid": uids, "declared_ai": pa.array(rng.random(size) < 0.001, mask=broken), "error": error}
         write_table(pa.table(said).cast(PROVENANCE), run / f"annotations/provenance/{name}.parquet", "made")

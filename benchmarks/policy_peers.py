@@ -8,7 +8,7 @@ import sys
 
 BASICS = ["uid", "error", "width", "height", "laplacian_var", "rgb_entropy", "white_ratio", "black_ratio", "complexity", "jpeg_quality"]
 BASICS += ["border_top", "border_bottom", "border_left", "border_right"]
-OTHERS = {"duplicates": "representative", "synthetic": "p_synthetic", "provenance": "declared_ai"}
+OTHERS = {"duplicates": "representative", "synthetic": "real_share", "provenance": "declared_ai"}
 
 
 def with_polars(run: str, out: str) -> None:
@@ -23,7 +23,7 @@ def with_polars(run: str, out: str) -> None:
     frame = frame.filter(
         pl.col("error").is_null(),
         pl.col("representative"),
-        pl.col("p_synthetic") < 0.76,
+        pl.col("real_share") > 0.05,
         ~pl.col("declared_ai"),
         (aspect >= 0.4) & (aspect <= 2.5),
         pl.min_horizontal("width", "height") >= 256,
@@ -49,7 +49,7 @@ def with_pandas(run: str, out: str) -> None:
             pd.read_parquet(f"{run}/annotations/{stage}", columns=["uid", column], dtype_backend="pyarrow"), on="uid", how="left"
         )
     aspect = frame.width / frame.height
-    mask = frame.error.isna() & frame.representative & (frame.p_synthetic < 0.76) & ~frame.declared_ai & aspect.between(0.4, 2.5)
+    mask = frame.error.isna() & frame.representative & (frame.real_share > 0.05) & ~frame.declared_ai & aspect.between(0.4, 2.5)
     mask &= (frame[["width", "height"]].min(axis=1) >= 256) & (frame.laplacian_var < 12000) & (frame.rgb_entropy >= 1.5)
     mask &= (frame.white_ratio <= 0.75) & (frame.black_ratio <= 0.85) & (frame.complexity <= 0.30)
     mask &= (frame.rgb_entropy >= 2.2) | (frame.white_ratio + frame.black_ratio > 0.4)

@@ -40,7 +40,8 @@ StageFunction = Callable[[ImageBatch], dict[str, Any]]
 class Stage(Protocol):
     """A description of how images become columns: cheap, printable, picklable; heavy state appears only in `load`.
 
-    A stage with a `tower` runs where the accelerator is and sees only what `tower.prepare` made of the images.
+    A stage with `towers` runs where the accelerator is. It sees what each `tower.prepare` made of the images, and what its own
+    `prepare(batch)`, if it has one, made of the batch: an array with one entry per image, at `batch.cache[stage, "inputs"]`.
     """
 
     name: str
@@ -75,7 +76,7 @@ class Inputs:
 
     stages: tuple[str, ...]  # names of those that infer
     uids: list[str]  # of the images that decoded
-    arrays: dict[Any, np.ndarray]  # tower -> (N, ...), contiguous
+    arrays: dict[Any, np.ndarray]  # tower, or stage with a `prepare` -> (N, ...), contiguous
 
     @property
     def nbytes(self) -> int:
@@ -112,7 +113,12 @@ def reads_of(stage: Stage) -> str:
 
 def infers(stage: Stage) -> bool:
     """Whether a stage runs on what a tower makes of the images, so that it belongs to the accelerator's pool."""
-    return getattr(stage, "tower", None) is not None
+    return bool(towers_of(stage))
+
+
+def towers_of(stage: Stage) -> tuple[Any, ...]:
+    """The towers whose vectors a stage needs."""
+    return getattr(stage, "towers", ())
 
 
 def stage_fingerprint(stage: Stage, limits: Limits = LIMITS) -> str:
@@ -198,7 +204,7 @@ def annotate_shard(
 
 def infer(functions: dict[Stage, StageFunction], inputs: Inputs) -> Answers:
     """The stages that `inputs` names, on prepared images: the accelerator's part."""
-    batch = ImageBatch(inputs.uids, [], [], [], {(tower, "inputs"): array for tower, array in inputs.arrays.items()})
+    batch = ImageBatch(inputs.uids, [], [], [], {(maker, "inputs"): array for maker, array in inputs.arrays.items()})
     answers = Answers()
     for stage, function in functions.items():
         if stage.name in inputs.stages:
@@ -238,7 +244,7 @@ def prepare(
 
 def _joined(parts: list[Prepared]) -> Prepared:
     first = parts[0]
-    arrays = {tower: np.concatenate([part.inputs.arrays[tower] for part in parts]) for tower in first.inputs.arrays}
+    arrays = {maker: np.concatenate([part.inputs.arrays[maker] for part in parts]) for maker in first.inputs.arrays}
     return Prepared(
         pa.concat_tables([part.ledger for part in parts]),
         [error for part in parts for error in part.source_errors],
@@ -264,8 +270,10 @@ def _prepare_rows(
     report.bytes += sum(len(encoded[i]) for i in has_bytes)
     errors, seen = list(source_errors), []
     values: dict[Stage, list[pa.Table]] = {stage: [] for stage in stages if not infers(stage)}
-    towers = list(dict.fromkeys(stage.tower for stage in stages if infers(stage)))
-    arrays: dict[Any, list[np.ndarray]] = {tower: [] for tower in towers}
+    inferring = [stage for stage in stages if infers(stage)]
+    towers = list(dict.fromkeys(tower for stage in inferring for tower in towers_of(stage)))
+    preparing = [stage for stage in inferring if hasattr(stage, "prepare")]
+    arrays: dict[Any, list[np.ndarray]] = {maker: [] for maker in (*towers, *preparing)}
     report.add("read", start)
 
     def run(batch: ImageBatch, of_bytes: bool) -> None:
@@ -278,6 +286,8 @@ def _prepare_rows(
             start = time.perf_counter()
             for tower in towers:
                 arrays[tower].append(tower.prepare(batch.views if tower.reads == "view" else batch.images))
+            for stage in preparing:
+                arrays[stage].append(stage.prepare(batch))
             report.add("prepare", start)
 
     run(ImageBatch([uids[i] for i in has_bytes], [encoded[i] for i in has_bytes], [], []), of_bytes=True)
@@ -305,13 +315,13 @@ def _prepare_rows(
             run(batch, of_bytes=False)
             batch, pixels = ImageBatch([], [], [], []), 0
     run(batch, of_bytes=False)
-    inputs = {tower: np.concatenate(parts) for tower, parts in arrays.items()}
+    inputs = {maker: np.concatenate(parts) for maker, parts in arrays.items()}
     return Prepared(
         ledger,
         source_errors,
         errors,
         {stage: pa.concat_tables(tables) for stage, tables in values.items()},
-        Inputs(tuple(stage.name for stage in stages if infers(stage)), seen, inputs),
+        Inputs(tuple(stage.name for stage in inferring), seen, inputs),
     )
 
 

@@ -1,16 +1,19 @@
-"""The AI-generated probe: a calibrated logistic regression on a tower's vector, fitted and judged across generators.
+"""The AI-generated detector: three kinds of evidence, one calibrated probability, and the share of real images that score as high.
 
-    p = sigmoid(slope * (x . weight + bias) + intercept)
+    pixels (compact tower) ----- head, Platt -> log odds --+
+    semantics (frozen tower) --- head, Platt -> log odds --+-> fusion -> + declared origin -> p_synthetic, real_share
+                               \\- head of the kinds -> kind ------------------------------------------------^
 
-Standardisation is folded into `weight` and `bias`. `slope` and `intercept` are Platt's scaling (Platt 1999), fitted on scores of
-images whose own generator or source was left out: in-fold scores are over-confident. Both fits weigh the classes equally, so
-p is the probability at a prior of one half; at another prior add its log odds to p's.
+Frozen encoders with a linear head tell best in the wild, but do not see a decoder's traces and age with their training data (Guo et al.
+2025, arXiv:2509.12995); a network on native pixels is the reverse. So both have a head, and a logistic regression puts their log odds
+together, fitted on scores of images whose own generator or source neither head had seen. Where one is missing the other one's own
+calibrated log odds stand alone. All of it is at a prior of one half (`probe.to_prior` moves it).
 
-A random split flatters such a probe, because it learns the sources. Every figure kept with a model is therefore measured with
-generators *and* real sources unseen (`disjoint`), next to what the image area alone would score.
+The vectors may come from a network that was itself trained on the labelled images. Then a head fitted on them would only repeat what
+the network knows by heart: such a branch brings its own head, and scores of its training folds (`Rows.given`).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,254 +21,268 @@ import numpy as np
 from safetensors.numpy import load_file
 from safetensors.numpy import save as to_bytes
 from scipy.special import expit
-from scipy.stats import binomtest
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import brier_score_loss, roc_auc_score
-from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
+from curation import probe
+from curation.conformal import Reals, calibrate, real_share, thresholds
+from curation.declared import LOG_ODDS
 from curation.fitted import check_identity, find, read_json
+from curation.probe import Head, Labels
 from curation.shards import write_bytes, write_json
+from curation.towers import Tower
 
-STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # sklearn's C on standardised inputs
-FALSE_POSITIVE_RATES = {"fpr_5": 0.05, "fpr_1": 0.01}
-AREA_BANDS = (0.05, 0.2, 0.5, 1.0)  # megapixels; a band compares images that the tower's resize treats alike
-MIN_GROUP = 8  # images of a generator or source below which its own figure says nothing
-REAL_FOLDS = 3
-WEIGHTS_FILE, INFO_FILE = "probe.safetensors", "probe.json"
+PIXELS, SEMANTICS = BRANCHES = ("pixels", "semantics")
+VIEWS = ("whole", "crop", "random 1", "random 2", "random 3")  # of every labelled image; those after them are only judged
+NUM_CALIBRATED = 2  # the first views, which calibration is fitted on: what a stage sees, and what the evaluation does
+KIND_STRENGTH = 1e-3
+LEAST_GROUPS = 3
+WEIGHTS_FILE, INFO_FILE = "detector.safetensors", "detector.json"
 
 
 class Rows(NamedTuple):
-    """Labelled vectors; every array has N entries."""
+    """Labelled images; N of them, in V views, the first being VIEWS. NaN where an image does not have a view."""
 
-    vectors: np.ndarray  # (N, d) float
-    synthetic: np.ndarray  # bool
-    group: np.ndarray  # str: the generator of a synthetic image, the source of a real one
-    kind: np.ndarray  # str: photo, illustration ...
-    area: np.ndarray  # megapixels of the source image
+    labels: Labels
+    vectors: dict[str, np.ndarray]  # branch -> (N, V, d)
+    given: dict[str, np.ndarray]  # branch -> (N, V) raw scores of images that the branch's own training had left out; may be empty
+    heads: dict[str, Head]  # branch of `given` -> the head that makes such scores from the tower's vectors
 
 
 @dataclass(frozen=True, eq=False)
-class Probe:
-    """A fitted probe. `info` is what `probe.json` holds: tower, data, command, evaluation, thresholds."""
+class Calibration:
+    """From raw scores of branches to log odds: fitted on scores out of fold, and small enough to be fitted again without a group."""
 
-    weight: np.ndarray  # (d,) float32
+    platt: dict[str, tuple[float, float]]  # branch -> (slope, intercept)
+    weights: np.ndarray  # of the branches' log odds, in the order of `platt`
     bias: float
-    slope: float
-    intercept: float
+
+    def log_odds(self, raw: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Calibrated log odds of each branch alone, NaN where it is missing."""
+        return {name: slope * raw[name] + intercept for name, (slope, intercept) in self.platt.items() if name in raw}
+
+    def fused(self, raw: dict[str, np.ndarray]) -> np.ndarray:
+        """Log odds of the branches together; where one is missing, of those that are there."""
+        odds = self.log_odds(raw)
+        every = np.stack(list(odds.values()))
+        num_there = (~np.isnan(every)).sum(0)
+        alone = np.where(num_there, np.nansum(every, 0) / np.maximum(num_there, 1), np.nan)
+        if len(odds) < len(self.platt):
+            return alone
+        together = sum(weight * odds[name] for weight, name in zip(self.weights, self.platt, strict=True)) + self.bias
+        return np.where(np.isnan(together), alone, together)
+
+
+@dataclass(frozen=True, eq=False)
+class Detector:
+    """A fitted detector. `info` is what `detector.json` holds: towers, data, command, evaluation, thresholds."""
+
+    towers: dict[str, str]  # branch -> identity
+    heads: dict[str, Head]
+    calibration: Calibration
+    kinds: tuple[np.ndarray, np.ndarray, tuple[str, ...]] | None  # (K, d) weights, (K,) biases, names; of the semantic vector
+    reals: Reals
     info: dict[str, Any]
 
 
-def fit(rows: Rows, tower_identity: str, seed: int = 0) -> Probe:
-    """Choose the regularisation, fit on all rows, calibrate and evaluate out of fold.
+def branch_of(tower: Tower) -> str:
+    """The branch that a tower's vectors belong to: native pixels, or a view of the whole."""
+    return PIXELS if tower.reads == "pixels" else SEMANTICS
+
+
+class Scores(NamedTuple):
+    """The columns of the stage; arrays of N."""
+
+    p_synthetic: np.ndarray  # float32
+    p_pixels: np.ndarray | None
+    p_semantics: np.ndarray | None
+    kind: np.ndarray | None  # str
+    real_share: np.ndarray
+
+
+def fit(rows: Rows, towers: dict[str, str], seed: int = 0) -> tuple[Detector, dict[str, np.ndarray]]:
+    """Choose the regularisation, fit on all rows, calibrate out of fold.
+
+    Args:
+        rows: Labelled images.
+        towers: branch -> identity of the tower that made its vectors.
+        seed: Of the folds.
+
+    Returns:
+        The detector, without an evaluation in its `info`, and the raw scores (N, V) of each branch, out of fold.
 
     Raises:
         ValueError: a class has too few groups to hold any out, or the vectors do not separate the classes at all.
     """
+    labels = rows.labels
     for label, name in ((True, "generators (synthetic)"), (False, "sources (real)")):
-        num = len(np.unique(rows.group[rows.synthetic == label]))
-        if num < REAL_FOLDS:
-            raise ValueError(f"{num} {name} in the manifest; a probe that is judged on unseen ones needs at least {REAL_FOLDS}")
-    strength, tried = choose_strength(rows, seed)
-    out_of_fold = leave_one_group_out(rows, strength)
-    slope, intercept = platt(out_of_fold, rows.synthetic)
-    if slope <= 0:
-        raise ValueError(f"scores of unseen groups do not rise with the label (slope {slope:.3g}): these vectors cannot tell the two apart")
-    probability = expit(slope * out_of_fold + intercept)
-    thresholds = {name: threshold(probability[~rows.synthetic], rate) for name, rate in FALSE_POSITIVE_RATES.items()}
-    weight, bias = fit_linear(rows.vectors, rows.synthetic, strength)
-    info = {
-        "tower": tower_identity,
-        "dim": rows.vectors.shape[1],
-        "seed": seed,
-        "regularisation": {"C": strength, "grouped_auroc": tried},
-        "calibration": "Platt on leave-one-group-out scores, classes weighted equally (prior 0.5)",
-        "thresholds": thresholds,
-        "evaluation": {
-            "disjoint": disjoint(rows, strength, seed),
-            "leave_one_group_out": report(probability, rows, thresholds),
-            "brier": round(brier_score_loss(rows.synthetic, probability, sample_weight=balance(rows.synthetic)), 4),
-            "controls": controls(rows, strength, seed),
-        },
-    }
-    return Probe(weight, bias, slope, intercept, info)
-
-
-def fit_linear(vectors: np.ndarray, labels: np.ndarray, strength: float) -> tuple[np.ndarray, float]:
-    """Balanced logistic regression on standardised inputs -> (weight (d,) float32, bias) for raw inputs."""
-    mean, scale = vectors.mean(0, dtype=np.float64), vectors.std(0, dtype=np.float64)
-    scale[scale == 0] = 1.0
-    model = LogisticRegression(C=strength, class_weight="balanced", max_iter=5000, tol=1e-6)
-    model.fit((vectors - mean) / scale, labels)
-    weight = (model.coef_[0] / scale).astype(np.float32)
-    return weight, float(model.intercept_[0] - weight.astype(np.float64) @ mean)
-
-
-def linear_scores(vectors: np.ndarray, weight: np.ndarray, bias: float) -> np.ndarray:
-    """(N, d) -> (N,) float64 log odds before calibration. Summed row by row, so a row's score does not depend on its batch."""
-    return (vectors.astype(np.float64) * weight.astype(np.float64)).sum(1) + bias
-
-
-def predict(probe: Probe, vectors: np.ndarray, tower_identity: str) -> np.ndarray:
-    """(N, d) vectors of the probe's own tower -> (N,) float32 P(AI-generated) at a prior of one half.
-
-    Raises:
-        ValueError: the vectors come from another tower.
-    """
-    check_identity("this probe", probe.info["tower"], tower_identity, "synthetic")
-    return expit(probe.slope * linear_scores(vectors, probe.weight, probe.bias) + probe.intercept).astype(np.float32)
-
-
-def choose_strength(rows: Rows, seed: int) -> tuple[float, dict[str, float]]:
-    """The C of the best AUROC when whole generators and sources are held out (5 folds), and the AUROC of each."""
-    tried = {}
-    for strength in STRENGTHS:
-        folds = StratifiedGroupKFold(5, shuffle=True, random_state=seed).split(rows.vectors, rows.synthetic, rows.group)
-        tried[strength] = roc_auc_score(rows.synthetic, fold_scores(rows.vectors, rows.synthetic, folds, strength))
-    return max(tried, key=tried.get), {str(strength): round(value, 4) for strength, value in tried.items()}
-
-
-def fold_scores(vectors: np.ndarray, labels: np.ndarray, folds: Any, strength: float) -> np.ndarray:
-    """Scores (N,) of each row by the model of the fold that left it out; `folds` yields (train, test) indices."""
-    scores = np.full(len(labels), np.nan)
-    for train, test in folds:
-        scores[test] = linear_scores(vectors[test], *fit_linear(vectors[train], labels[train], strength))
-    assert not np.isnan(scores).any(), "the folds do not cover every row"
-    return scores
-
-
-def leave_one_group_out(rows: Rows, strength: float) -> np.ndarray:
-    """Scores (N,) of each image by a model that saw neither its generator nor its source."""
-    folds = ((rows.group != name, rows.group == name) for name in np.unique(rows.group))
-    return fold_scores(rows.vectors, rows.synthetic, folds, strength)
-
-
-def platt(scores: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
-    """(slope, intercept) of the log odds in the score; two parameters, as isotonic steps would follow single sources here."""
-    model = LogisticRegression(C=1e6, class_weight="balanced").fit(scores[:, None], labels)
-    return float(model.coef_[0, 0]), float(model.intercept_[0])
-
-
-def balance(labels: np.ndarray) -> np.ndarray:
-    """(N,) weights that give both classes the same total."""
-    return np.where(labels, 0.5 / labels.mean(), 0.5 / (1 - labels.mean()))
-
-
-def threshold(real_scores: np.ndarray, rate: float) -> float:
-    """The score above which a new real image falls with probability at most `rate` (split conformal: an order statistic of the
-    real scores, exact when the new image is exchangeable with them; images of a new source are not). 1.0 when there are too few."""
-    rank = int(rate * (len(real_scores) + 1))
-    return float(np.sort(real_scores)[-rank]) if rank else 1.0
-
-
-def disjoint(rows: Rows, strength: float, seed: int) -> dict[str, Any]:
-    """The strict figure: per generator, a model that saw neither this generator nor the real sources it is compared with.
-
-    Real sources are dealt into 3 folds; AUROC and recall at a fixed false-positive rate (its threshold set on the held-out
-    reals of the same model) are means over the folds.
-    """
-    names = np.unique(rows.group[~rows.synthetic])
-    folds = np.array_split(np.random.default_rng(seed).permutation(names), REAL_FOLDS)
-    generators = []
-    for name, num in zip(*np.unique(rows.group[rows.synthetic], return_counts=True), strict=True):
-        if num < MIN_GROUP:
+        num = len(np.unique(labels.group[labels.synthetic == label]))
+        if num < LEAST_GROUPS:
+            raise ValueError(f"{num} {name} among the images; a detector that is judged on unseen ones needs at least {LEAST_GROUPS}")
+    heads, raw, chosen = {}, {}, {}
+    for name in rows.vectors:
+        if name in rows.given:
+            heads[name], raw[name] = rows.heads[name], rows.given[name]
+            chosen[name] = "given: the tower was trained on these images, and its folds were left out"
             continue
-        is_generator, figures = rows.group == name, []
-        for fold in folds:
-            is_real = np.isin(rows.group, fold) & ~rows.synthetic
-            train = ~is_real & ~is_generator
-            model = fit_linear(rows.vectors[train], rows.synthetic[train], strength)
-            fake, real = (linear_scores(rows.vectors[mask], *model) for mask in (is_generator, is_real))
-            recalls = [float((fake > np.quantile(real, 1 - rate, method="higher")).mean()) for rate in FALSE_POSITIVE_RATES.values()]
-            figures.append([pair_auroc(fake, real), *recalls])
-        auroc, *recalls = np.mean(figures, 0).round(4).tolist()
-        generators.append({"generator": str(name), "num": int(num), "auroc": auroc, **_named("recall", recalls)})
-    if not generators:
-        return {"generators": []}
-    means = {key: round(float(np.mean([g[key] for g in generators])), 4) for key in generators[0] if key not in ("generator", "num")}
-    return {"generators": generators, "mean": means, "worst": min(generators, key=lambda g: g["auroc"])}
-
-
-def _named(prefix: str, values: list[float]) -> dict[str, float]:
-    return {f"{prefix}_at_{name}": value for name, value in zip(FALSE_POSITIVE_RATES, values, strict=True)}
-
-
-def pair_auroc(positive: np.ndarray, negative: np.ndarray) -> float:
-    """Probability that a positive score is above a negative one (ties count half)."""
-    return roc_auc_score(np.r_[np.ones(len(positive)), np.zeros(len(negative))], np.r_[positive, negative])
-
-
-def area_matched_auroc(scores: np.ndarray, rows: Rows) -> float | None:
-    """AUROC over pairs of a synthetic and a real image from the same band of areas; None when no band holds both."""
-    band, total, num_pairs = np.digitize(rows.area, AREA_BANDS), 0.0, 0
-    for index in range(len(AREA_BANDS) + 1):
-        fake, real = (scores[(band == index) & mask] for mask in (rows.synthetic, ~rows.synthetic))
-        if len(fake) and len(real):
-            total, num_pairs = total + pair_auroc(fake, real) * len(fake) * len(real), num_pairs + len(fake) * len(real)
-    return round(total / num_pairs, 4) if num_pairs else None
-
-
-def controls(rows: Rows, strength: float, seed: int) -> dict[str, float | None]:
-    """What the figures would be for the wrong reasons."""
-    shuffled = np.random.default_rng(seed).permutation(rows.synthetic)
-    folds = [list(StratifiedKFold(5, shuffle=True, random_state=seed).split(rows.vectors, labels)) for labels in (rows.synthetic, shuffled)]
-    flattering = fold_scores(rows.vectors, rows.synthetic, folds[0], strength)
-    return {
-        "auroc_random_split": round(roc_auc_score(rows.synthetic, flattering), 4),
-        "auroc_area_only": round(roc_auc_score(rows.synthetic, rows.area), 4),
-        "auroc_area_only_in_bands": area_matched_auroc(rows.area, rows),
-        "auroc_permuted_labels": round(roc_auc_score(shuffled, fold_scores(rows.vectors, shuffled, folds[1], strength)), 4),
+        strength, tried = probe.choose_strength(rows.vectors[name], labels, len(VIEWS), seed)
+        raw[name] = probe.leave_one_group_out(rows.vectors[name], labels, len(VIEWS), strength)
+        heads[name] = probe.fit_linear(rows.vectors[name][:, : len(VIEWS)], labels, strength)
+        chosen[name] = {"C": strength, "grouped_auroc": tried}
+    calibration = calibrated(raw, labels)
+    for name, (slope, _) in calibration.platt.items():
+        if slope <= 0:
+            raise ValueError(f"{name}: scores of unseen groups do not rise with the label: these vectors cannot tell the two classes apart")
+    kinds = fit_kinds(rows.vectors[SEMANTICS], labels) if SEMANTICS in rows.vectors else None
+    reals = real_scores(calibration.fused(raw), labels)
+    info = {
+        "towers": towers,
+        "seed": seed,
+        "heads": chosen,
+        "calibration": "Platt and fusion on scores of unseen generators and sources, classes weighted equally (prior 0.5)",
+        "fusion": {"weights": dict(zip(calibration.platt, calibration.weights.round(4).tolist(), strict=True)), "bias": calibration.bias},
+        "kinds": list(kinds[2]) if kinds else [],
+        "thresholds": thresholds(reals),
     }
+    return Detector(towers, heads, calibration, kinds, reals, info), raw
 
 
-def report(probability: np.ndarray, rows: Rows, thresholds: dict[str, float]) -> dict[str, Any]:
-    """AUROC and, at each threshold, the share flagged (with its exact 95 % interval) per generator, real source and real kind."""
+def calibrated(raw: dict[str, np.ndarray], labels: Labels) -> Calibration:
+    """Platt per branch and the fusion, from scores (N, V) out of fold, on the first NUM_CALIBRATED views."""
+    synthetic = np.repeat(labels.synthetic[:, None], NUM_CALIBRATED, 1)
+    weights = np.repeat(probe.image_weights(labels)[:, None], NUM_CALIBRATED, 1)
+    first = {name: scores[:, :NUM_CALIBRATED] for name, scores in raw.items()}
+    platt = {}
+    for name, scores in first.items():
+        there = ~np.isnan(scores)
+        platt[name] = probe.platt(scores[there], synthetic[there], weights[there])
+    odds = np.stack([slope * first[name] + intercept for name, (slope, intercept) in platt.items()], -1)
+    there = ~np.isnan(odds).any(-1)
+    if len(platt) == 1 or not there.any():
+        return Calibration(platt, np.full(len(platt), 1 / len(platt)), 0.0)
+    coefficients, bias = probe.combine(odds[there], synthetic[there], weights[there])
+    return Calibration(platt, coefficients, bias)
 
-    def flagged(mask: np.ndarray) -> dict[str, Any]:
-        entry: dict[str, Any] = {"num": int(mask.sum())}
-        for name, value in thresholds.items():
-            hits = int((probability[mask] > value).sum())
-            interval = binomtest(hits, entry["num"]).proportion_ci(0.95, "exact")
-            entry[f"flagged_at_{name}"] = round(hits / entry["num"], 4)
-            entry[f"interval_at_{name}"] = [round(interval.low, 4), round(interval.high, 4)]
-        return entry
 
-    real, fake = ~rows.synthetic, rows.synthetic
-    result: dict[str, Any] = {"real": flagged(real) if real.any() else None, "synthetic": flagged(fake) if fake.any() else None}
-    if real.any() and fake.any():
-        result["auroc"] = round(roc_auc_score(fake, probability), 4)
-        result["auroc_area_matched"] = area_matched_auroc(probability, rows)
-    for title, values, mask, other in (
-        ("generators", rows.group, fake, real),
-        ("sources", rows.group, real, fake),
-        ("real_kinds", rows.kind, real, fake),
-    ):
-        result[title] = []
-        for name in np.unique(values[mask]):
-            chosen = mask & (values == name)
-            entry = {"name": str(name), **flagged(chosen)}
-            if other.any() and chosen.sum() >= MIN_GROUP:
-                pair = (chosen, other) if title == "generators" else (other, chosen)
-                entry["auroc"] = round(pair_auroc(probability[pair[0]], probability[pair[1]]), 4)
-            result[title].append(entry)
+def real_scores(log_odds: np.ndarray, labels: Labels) -> Reals:
+    """The conformal calibration from log odds (N, V) out of fold: real images as a stage sees them, whole."""
+    real = ~labels.synthetic & ~np.isnan(log_odds[:, 0])
+    return calibrate(log_odds[real, 0], labels.kind[real], labels.group[real])
+
+
+def cross_calibrated(raw: dict[str, np.ndarray], labels: Labels) -> np.ndarray:
+    """Log odds (N, V) of each image by a calibration that its own group had no part in: what an honest figure is made from."""
+    result = np.full(next(iter(raw.values())).shape, np.nan)
+    for name in np.unique(labels.group):
+        own = labels.group == name
+        rest = {branch: scores[~own] for branch, scores in raw.items()}
+        result[own] = calibrated(rest, labels.at(~own)).fused({branch: scores[own] for branch, scores in raw.items()})
     return result
 
 
-def save(probe: Probe, folder: Path) -> None:
-    """probe.safetensors (weight, bias, calibration) and probe.json; each whole or not at all."""
-    scalars = {"bias": np.float64([probe.bias]), "calibration": np.float64([probe.slope, probe.intercept])}
-    write_bytes(to_bytes({"weight": probe.weight, **scalars}), folder / WEIGHTS_FILE)
-    write_json(probe.info, folder / INFO_FILE)
+def cross_real_shares(log_odds: np.ndarray, kinds: np.ndarray, labels: Labels) -> np.ndarray:
+    """`real_share` (N, V) from log odds (N, V) and kinds (N, V), an image's own source left out of the calibration."""
+    result = np.full(log_odds.shape, np.nan)
+    for name in np.unique(labels.group):
+        own = labels.group == name
+        reals = real_scores(log_odds[~own], labels.at(~own))
+        for view in range(log_odds.shape[1]):
+            result[own, view] = real_share(reals, log_odds[own, view], kinds[own, view])
+    return np.where(np.isnan(log_odds), np.nan, result)
 
 
-def load(model: str) -> Probe:
-    """A probe by packaged name or folder.
+def fit_kinds(vectors: np.ndarray, labels: Labels) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]] | None:
+    """Multinomial logistic regression of the kinds of real images, every source and kind balanced; None with fewer than two kinds."""
+    real = ~labels.synthetic
+    names = tuple(np.unique(labels.kind[real]).tolist())
+    if len(names) < 2:
+        return None
+    views = vectors[real, : len(VIEWS)]
+    there = ~np.isnan(views[:, :, 0])
+    x, kind = views[there].astype(np.float64), np.repeat(labels.kind[real, None], views.shape[1], 1)[there]
+    mean, scale = x.mean(0), x.std(0)
+    scale[scale == 0] = 1.0
+    model = LogisticRegression(C=KIND_STRENGTH, class_weight="balanced", max_iter=500, tol=1e-4).fit((x - mean) / scale, kind)
+    if len(names) == 2:  # sklearn keeps one row of coefficients for two classes
+        coefficients, intercepts = np.vstack([-model.coef_, model.coef_]) / 2, np.append(-model.intercept_, model.intercept_) / 2
+    else:
+        coefficients, intercepts = model.coef_, model.intercept_
+    weight = (coefficients / scale).astype(np.float32)
+    return weight, intercepts - weight.astype(np.float64) @ mean, names
+
+
+def kinds_of(kinds: tuple[np.ndarray, np.ndarray, tuple[str, ...]], vectors: np.ndarray) -> np.ndarray:
+    """(..., d) semantic vectors -> (...) the most likely kind, "" where the vector is missing."""
+    weight, bias, names = kinds
+    odds = np.stack([probe.linear_scores(vectors, Head(row, offset)) for row, offset in zip(weight, bias, strict=True)], -1)
+    missing = np.isnan(odds[..., 0])
+    return np.where(missing, "", np.array(names)[np.where(missing, 0, np.nan_to_num(odds).argmax(-1))])
+
+
+def raw_scores(detector: Detector, vectors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Scores (...) of each branch by its head, from vectors (..., d)."""
+    return {name: probe.linear_scores(vectors[name], detector.heads[name]) for name in detector.heads if name in vectors}
+
+
+def score(detector: Detector, vectors: dict[str, np.ndarray], towers: dict[str, str], declared: list[str | None]) -> Scores:
+    """The columns of N images.
+
+    Args:
+        detector: Fitted.
+        vectors: branch -> (N, d); a branch may be missing.
+        towers: branch -> identity of the tower that made the vectors.
+        declared: What each file says (`curation.declared`).
+
+    Raises:
+        ValueError: no branch is there, or the vectors come from another tower.
+    """
+    if not set(vectors) & set(detector.heads):
+        raise ValueError(f"this detector looks at {', '.join(detector.heads)}; got vectors of {', '.join(vectors) or 'nothing'}")
+    for name in set(vectors) & set(detector.heads):
+        check_identity(f"the branch {name} of this detector", detector.towers[name], towers[name], "synthetic")
+    raw = raw_scores(detector, vectors)
+    alone = {name: expit(odds).astype(np.float32) for name, odds in detector.calibration.log_odds(raw).items()}
+    log_odds = detector.calibration.fused(raw) + np.array([LOG_ODDS[word] for word in declared])
+    kind = kinds_of(detector.kinds, vectors[SEMANTICS]) if detector.kinds and SEMANTICS in vectors else None
+    shares = real_share(detector.reals, log_odds, np.full(len(log_odds), "") if kind is None else kind)
+    return Scores(expit(log_odds).astype(np.float32), alone.get(PIXELS), alone.get(SEMANTICS), kind, shares)
+
+
+def save(detector: Detector, folder: Path) -> None:
+    """detector.safetensors and detector.json; each whole or not at all."""
+    arrays: dict[str, np.ndarray] = {"fusion": np.append(detector.calibration.weights, detector.calibration.bias)}
+    for name, head in detector.heads.items():
+        arrays |= {f"{name}.weight": head.weight, f"{name}.bias": np.float64([head.bias])}
+        arrays[f"{name}.platt"] = np.float64(detector.calibration.platt[name])
+    if detector.kinds:
+        arrays |= {"kinds.weight": detector.kinds[0], "kinds.bias": np.float64(detector.kinds[1])}
+    reals = detector.reals
+    order, names = np.argsort(reals.scores, kind="stable"), sorted(set(reals.kind.tolist()))
+    arrays |= {f"reals.{field}": getattr(reals, field)[order] for field in ("scores", "weight", "weight_in_all")}
+    arrays["reals.kind"] = np.searchsorted(names, reals.kind[order]).astype(np.int16)
+    write_bytes(to_bytes({key: np.ascontiguousarray(array) for key, array in arrays.items()}), folder / WEIGHTS_FILE)
+    write_json(detector.info | {"real_kinds": names}, folder / INFO_FILE)
+
+
+def load(model: str) -> Detector:
+    """A detector by packaged name or folder.
 
     Raises:
         ValueError: there is none, or its files do not belong together.
     """
     folder = find(model, INFO_FILE)
     info, arrays = read_json(folder / INFO_FILE), load_file(folder / WEIGHTS_FILE)
-    if arrays["weight"].shape != (info["dim"],):
-        raise ValueError(f"{folder}: {WEIGHTS_FILE} holds {arrays['weight'].shape} weights, {INFO_FILE} says {info['dim']}; fit it again")
-    slope, intercept = arrays["calibration"].tolist()
-    return Probe(arrays["weight"], float(arrays["bias"][0]), slope, intercept, info)
+    try:
+        heads = {name: Head(arrays[f"{name}.weight"], float(arrays[f"{name}.bias"][0])) for name in info["towers"]}
+        platt = {name: tuple(arrays[f"{name}.platt"].tolist()) for name in heads}
+        *weights, bias = arrays["fusion"].tolist()
+        kinds = (arrays["kinds.weight"], arrays["kinds.bias"], tuple(info["kinds"])) if info["kinds"] else None
+        kind = np.array(info["real_kinds"])[arrays["reals.kind"]]
+        reals = Reals(arrays["reals.scores"], kind, arrays["reals.weight"], arrays["reals.weight_in_all"])
+    except (KeyError, IndexError) as error:
+        raise ValueError(f"{folder}: {WEIGHTS_FILE} and {INFO_FILE} do not belong together ({error}); fit it again") from error
+    return Detector(info["towers"], heads, Calibration(platt, np.array(weights), bias), kinds, reals, info)
+
+
+def with_info(detector: Detector, **more: Any) -> Detector:
+    """The same detector, knowing more about itself."""
+    return replace(detector, info=detector.info | more)

@@ -68,5 +68,5 @@ def check_identity(model: str, fitted_on: str, identity: str, verb: str) -> None
         spec = ":".join(identity.split("/")[:2]) if identity.startswith("siglip/") else identity.split("/")[0]
         raise ValueError(
             f"{model} was fitted on {fitted_on}, got vectors of {identity}: they have nothing in common. "
-            f"Fit one with `k2 {verb} fit --tower {spec} ...`, or use the tower that it was fitted on."
+            f"Fit one with `k2 {verb} fit --tower{'s' if verb == 'synthetic' else ''} {spec} ...`, or use the tower that it was fitted on."
         )

@@ -208,7 +208,26 @@ TEXT_DENSITY = pa.schema(
     ]
 )
 
-SYNTHETIC = pa.schema([UID, column("p_synthetic", pa.float32(), "calibrated P(AI-generated), 0 to 1"), ERROR])
+SYNTHETIC = pa.schema(
+    [
+        UID,
+        column("p_synthetic", pa.float32(), "calibrated P(AI-generated) of all evidence at a prior of one half, 0 to 1"),
+        column("p_pixels", pa.float32(), "the same of the pixels alone (compact tower); null when the detector does not look at them"),
+        column("p_semantics", pa.float32(), "the same of what is shown alone (frozen tower); null when the detector does not look at it"),
+        column(
+            "declared",
+            pa.string(),
+            "what the file says: signed (AI, in a C2PA manifest that holds), plain (AI, in metadata), camera (weak evidence), or null",
+        ),
+        column("kind", pa.string(), "kind of content as real images have it (photo, illustration ...), guessed; null without semantics"),
+        column(
+            "real_share",
+            pa.float32(),
+            "share of real images of this kind that score as high, 0 to 1: removing what has <= 0.05 loses 5 % of real images",
+        ),
+        ERROR,
+    ]
+)
 
 CODE = pa.struct([pa.field("feature", pa.int32()), pa.field("value", pa.float32())])
 ARTIFACTS = pa.schema([UID, column("codes", pa.list_(CODE), "the SAE features that fire, largest value first"), ERROR])

@@ -20,7 +20,7 @@ VERBS = {
     "pack": "a selection as training shards: crop, resize, bucket, shuffle",
     "train": "the curriculum on packed shards; again to resume",
     "sae": "fit and evaluate the sparse autoencoder of the artifacts stage",
-    "synthetic": "fit and evaluate the AI-generated probe of the synthetic stage",
+    "synthetic": "fit, evaluate and ask the detector of AI-generated images; audit what it leaves",
     "plan": "what N images cost: hours, storage, time, money, from measured rates",
     "report": "one HTML page of a run folder",
 }

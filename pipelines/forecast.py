@@ -5,7 +5,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from curation.annotate import Stage, annotation_path, infers, reads_of
+from curation.annotate import Stage, annotation_path, infers, reads_of, towers_of
 from curation.decode import READS
 from curation.sources import Shard
 
@@ -35,7 +35,7 @@ def forecast(missing: dict[Shard, tuple[Stage, ...]], stages: tuple[Stage, ...],
         "workers_get": {
             "decode": None if decodes == "bytes" else decodes,
             "stages": [stage.name for stage in cpu],
-            "inputs_of": sorted({stage.tower.name for stage in inferring}),
+            "inputs_of": sorted({tower.name for stage in inferring for tower in towers_of(stage)}),
             "seconds": _seconds(todo, rates, [*SHARED, *(stage.name for stage in cpu)], rows),
         },
         "inference_gets": {

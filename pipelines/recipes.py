@@ -67,14 +67,16 @@ def offline() -> tuple:
 
 
 def siglip() -> tuple:
-    """SigLIP-2 and the compact statistics. The probe and the SAE of a SigLIP-2 tower are the user's own:
-    `k2 synthetic fit --tower siglip`, `k2 sae fit --tower siglip`, then a recipe file that names them."""
+    """SigLIP-2 and the compact tower, whose pixels and the file's own words are what the detector then sees. The semantic branch and
+    the SAE of a SigLIP-2 tower are the user's own: `k2 synthetic fit --towers compact siglip`, `k2 sae fit --tower siglip`, then a
+    recipe file that names them."""
     from curation.stages.basics import Basics
     from curation.stages.embedding import Embedding
     from curation.stages.provenance import Provenance
+    from curation.stages.synthetic import Synthetic
     from curation.towers import Compact, Siglip
 
-    return (Basics(), Provenance(), Embedding(Siglip()), Embedding(Compact()))
+    return (Basics(), Provenance(), Embedding(Siglip()), Embedding(Compact()), Synthetic(towers=(Compact(),)))
 
 
 def default() -> tuple:

@@ -17,13 +17,13 @@ from curation import sae, tags
 from curation.contrast import CONTROLS, DAMAGE, STYLES, view, window
 from curation.decode import DecodeError, decode
 from curation.fitted import check_identity, find, out_dir, parse_tower, read_json, tower_spec
+from curation.labelled import read_manifest
 from curation.sae_train import Training, shuffled, train
 from curation.shards import file_hash, write_json
 from curation.sources import list_shards, read_samples
 from curation.tags import PARTS, Rules, part
 from curation.towers import Tower, loaded
 from pipelines.cli import call
-from pipelines.synthetic import read_manifest
 
 
 def fit(

@@ -66,17 +66,27 @@ def small_run(folder: Path) -> Path:
 
 
 def write_scores(run: Path) -> None:
-    """P(AI-generated) 0.9 for astronaut.jpg, else 0.1; feature 7 fires on every image, feature 3 on three with values 1, 2, 3."""
+    """P(AI-generated) 0.9, real_share 0.01 for astronaut.jpg, else 0.1, 0.5; feature 7 fires everywhere, feature 3 on three with 1, 2, 3."""
     for shard in load_listing(str(run)):
         uids = [f"{shard.name}/{member}" for member in shard.members]
         errors = ["broken" if "truncated" in uid else None for uid in uids]
-        scores = [None if error else 0.9 if uid.endswith("astronaut.jpg") else 0.1 for uid, error in zip(uids, errors, strict=True)]
+        scores = []
+        for uid, error in zip(uids, errors, strict=True):
+            high = uid.endswith("astronaut.jpg")
+            values = {
+                "p_synthetic": 0.9 if high else 0.1,
+                "p_pixels": 0.8 if high else 0.1,
+                "kind": "photo",
+                "real_share": 0.01 if high else 0.5,
+            }
+            scores.append({"uid": uid, "error": error} | ({} if error else values))
         strong = {"coffee.jpg": 2.0, "retina.jpg": 3.0, "rocket.jpg": 1.0}
         codes = [[{"feature": 7, "value": 0.5}] for _ in uids]
         for uid, fired in zip(uids, codes, strict=True):
             fired[:0] = [{"feature": 3, "value": value} for name, value in strong.items() if uid.endswith("/" + name)]
         codes = [None if error else fired for fired, error in zip(codes, errors, strict=True)]
-        write_table(pa.table([uids, scores, errors], schema=SYNTHETIC), run / f"annotations/synthetic/{shard.name}.parquet", "made up")
+        scores = pa.Table.from_pylist(scores, SYNTHETIC)
+        write_table(scores, run / f"annotations/synthetic/{shard.name}.parquet", "made up")
         write_table(pa.table([uids, codes, errors], schema=ARTIFACTS), run / f"annotations/artifacts/{shard.name}.parquet", "made up")
 
 

@@ -44,6 +44,10 @@ class Artifacts:
         check_identity(self.model, metadata.get("tower", "a tower that its cfg.json does not name"), self.tower.identity, "sae")
 
     @property
+    def towers(self) -> tuple[Tower]:
+        return (self.tower,)
+
+    @property
     def reads(self) -> str:
         return self.tower.reads
 

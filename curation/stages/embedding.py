@@ -23,6 +23,10 @@ class Embedding:
         return self.tower.name
 
     @property
+    def towers(self) -> tuple[Tower]:
+        return (self.tower,)
+
+    @property
     def reads(self) -> str:
         return self.tower.reads
 

@@ -33,7 +33,7 @@ SELECT
   caption_source <> 'name' AS captioned, -- 2: a file name made into words is no caption
   duplicates.representative AS not_duplicate, -- 1: of files that show the same picture, also mirrored, one stays
   semantic.representative OR missing('semantic') AS not_near_duplicate, -- 1: of images with nearly the same content, one stays
-  synthetic.p_synthetic < 0.5 AS not_synthetic, -- 5: stricter than in pretraining
+  synthetic.real_share > 0.15 AS not_synthetic, -- 5: stricter than in pretraining: what is in doubt goes too
   NOT declared_ai OR missing('provenance') AS not_declared_ai, -- 5: the file itself says that a model made it
   buckets.scale >= 1 AS large_enough, -- 3: an enlarged image teaches softness as if it were detail
   width / height BETWEEN 0.45 AND 2.25 AS aspect_ok, -- 2: little of the picture may be cut away

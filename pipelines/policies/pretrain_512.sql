@@ -12,7 +12,7 @@ SELECT
   basics.uid,
   basics.error IS NULL AS decoded, -- 2: nothing can be said about a broken file
   duplicates.representative AS not_duplicate, -- 1: of files that show the same picture, also mirrored, one stays
-  synthetic.p_synthetic < 0.76 AS not_synthetic, -- 5: easier to learn than real ones; at 0.76 synthetic-effnet loses 5 % of unseen reals
+  synthetic.real_share > 0.05 AS not_synthetic, -- 5: easier to learn than real ones; 0.05 is the loss of real images of every kind
   NOT declared_ai OR missing('provenance') AS not_declared_ai, -- 5: the file itself says that a model made it
   buckets.scale >= 1 AS large_enough, -- 3: an enlarged image teaches softness as if it were detail
   width / height BETWEEN 0.4 AND 2.5 AS aspect_ok, -- 2: beyond it the crop to 1:2 cuts away what the caption speaks of

@@ -42,5 +42,5 @@ def test_a_notebook_is_thin(path):
     assert path.stat().st_size < OUTPUT_BYTES
 
 
-def test_both_notebooks_are_there():
-    assert [path.stem for path in NOTEBOOKS] == ["sae_features", "selection_funnel"]
+def test_the_notebooks_are_there():
+    assert [path.stem for path in NOTEBOOKS] == ["sae_features", "selection_funnel", "synthetic_scores"]

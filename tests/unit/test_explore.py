@@ -52,7 +52,7 @@ def test_removed_by_lists_exactly_the_failures_worst_first(run):
     for name, rule in funnel.items():
         assert len(explore.removed_by(run, POLICY, name, 99)) == rule["failed"], name
     assert names(explore.removed_by(run, POLICY, "not_synthetic")) == ["astronaut.jpg"]
-    assert explore.removed_by(run, POLICY, "not_synthetic")[0]["label"] == "p_synthetic 0.9"
+    assert explore.removed_by(run, POLICY, "not_synthetic")[0]["label"] == "real_share 0.01"
     small = [item["value"] for item in explore.removed_by(run, "pretrain_512", "large_enough", 99)]
     assert len(small) > 3 and small == sorted(small)
 
@@ -76,7 +76,7 @@ def test_a_changed_annotation_is_seen_again(run, tmp_path):
     before = explore.removed_by(copy, POLICY, "not_synthetic")
     path = Path(copy, "selection", f"{POLICY}.funnel.json")
     funnel = json.loads(path.read_text())
-    funnel["sql"] = re.sub(r"p_synthetic < [\d.]+", "p_synthetic < 0.05", funnel["sql"])
+    funnel["sql"] = re.sub(r"real_share > [\d.]+", "real_share > 0.95", funnel["sql"])
     path.write_text(json.dumps(funnel))
     assert len(before) == 1 and len(explore.removed_by(copy, POLICY, "not_synthetic", 99)) == 16
 
@@ -172,7 +172,7 @@ def test_overlaps_count_images_that_two_rules_remove(run):
 
 def test_histograms_show_each_threshold_with_what_it_removes(run):
     figures = explore.score_histograms(run, explore.policies(run))
-    assert "removes 1  (256, 512)" in words(figures["synthetic.p_synthetic"])
+    assert "removes 1  (256, 512)" in words(figures["synthetic.real_share"])
     large = {
         policy: {rule["name"]: rule for rule in explore.funnel(run, policy)["rules"]}["large_enough"] for policy in explore.policies(run)
     }

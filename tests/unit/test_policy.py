@@ -44,7 +44,7 @@ def write_run(run: Path, images: dict[str, dict], stages: tuple[str, ...] = STAG
     one_each = {
         "basics": (BASICS, {}),
         "duplicates": (DUPLICATES, {"representative": True}),
-        "synthetic": (SYNTHETIC, {"p_synthetic": 0.1}),
+        "synthetic": (SYNTHETIC, {"p_synthetic": 0.1, "real_share": 0.6}),
         "artifacts": (ARTIFACTS, {"codes": []}),
         "provenance": (PROVENANCE, {"declared_ai": False}),
         "text_density": (TEXT_DENSITY, {"boxes": []}),
@@ -134,7 +134,7 @@ def test_each_rule_of_ours_removes_what_it_is_for_and_nothing_else_does(name, tm
     faults = {
         "decoded": {"error": "broken"},
         "not_duplicate": {"representative": False},
-        "not_synthetic": {"p_synthetic": 0.9},
+        "not_synthetic": {"real_share": 0.02},
         "not_declared_ai": {"declared_ai": True},
         "large_enough": {"width": resolution - 1, "height": resolution - 1},
         "aspect_ok": {"width": 8000, "height": 3000},
