@@ -195,10 +195,12 @@ def write(network: Network, path: Path) -> None:
 
 
 def folds(pictures: Pictures, count: int, seed: int) -> list[frozenset[str]]:
-    """The groups that each fold leaves out: generators and real sources are dealt evenly, every group once."""
+    """The groups that each fold leaves out: every group once, generators and real sources dealt by size, the largest first."""
     rng, dealt = np.random.default_rng(seed), [set() for _ in range(count)]
     for label in (True, False):
-        for i, name in enumerate(rng.permutation(np.unique(pictures.group[pictures.synthetic == label])).tolist()):
+        names, sizes = np.unique(pictures.group[pictures.synthetic == label], return_counts=True)
+        order = rng.permutation(len(names))
+        for i, name in enumerate(names[order[np.argsort(-sizes[order], kind="stable")]].tolist()):
             dealt[i % count].add(name)
     return [frozenset(names) for names in dealt]
 

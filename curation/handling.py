@@ -22,10 +22,10 @@ KERNELS = (cv2.INTER_LINEAR, cv2.INTER_CUBIC, cv2.INTER_AREA, cv2.INTER_LANCZOS4
 def region(image: np.ndarray, side: int, rng: np.random.Generator) -> np.ndarray:
     """A random square of uint8 (H, W, 3) that `handled` brings to `side`: of that side, larger (reduced later) or smaller."""
     draw = rng.random()
-    if draw < NATIVE:
-        scale = 1.0
+    if draw < NATIVE + REDUCED:
+        scale = 1.0 if draw < NATIVE else rng.uniform(SCALES[0], SCALES[1])
     else:
-        scale = rng.uniform(SCALES[0], SCALES[1]) if draw < NATIVE + REDUCED else rng.uniform(SCALES[1], SCALES[2])
+        scale = rng.uniform(SCALES[1], SCALES[2])
     size = min(round(side / scale), max(side, min(image.shape[:2])))
     missing = [max(0, size - length) for length in image.shape[:2]]
     if any(missing):

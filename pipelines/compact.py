@@ -13,7 +13,7 @@ from tqdm import tqdm
 from curation import autoencoders, compact_train
 from curation.aligned import write_pairs
 from curation.compact_train import Pairs, Pictures, Recipe
-from curation.labelled import read_manifest
+from curation.labelled import SUFFIXES, Entry, entries
 from curation.shards import file_hash, write_json
 
 
@@ -28,7 +28,7 @@ def pairs(images: str, out: str, autoencoder: tuple[str, ...], manifest: str | N
         per_image: Pairs of one image and autoencoder.
         seed: Of the crops.
     """
-    real = [(str(path), group) for path, synthetic, group in entries(images, manifest) if not synthetic]
+    real = [(str(Path(images, entry.path)), entry.group) for entry in labelled(images, manifest) if not entry.synthetic]
     loaded = {Path(spec).stem: autoencoders.load(spec) for spec in autoencoder}
     total = 0
     for path, count, psnr in write_pairs(real, loaded, out, per_image=per_image, seed=seed):
@@ -65,13 +65,14 @@ def train(
         device: cpu or cuda.
         seed: Of weights, crops and folds.
     """
-    rows = list(entries(images, manifest))
-    paths, synthetic, group = ([row[i] for row in rows] for i in range(3))
-    pictures = Pictures([Path(path) for path in paths], np.array(synthetic), np.array(group))
+    rows = labelled(images, manifest)
+    paths = [Path(images, row.path) for row in rows]
+    pictures = Pictures(paths, np.array([row.synthetic for row in rows]), np.array([row.group for row in rows]))
     aligned = Pairs.read(sorted(Path(pairs).glob("*.npz"))) if pairs else None
     out_dir = Path(out)
     command = ["k2", "synthetic", "train", "--images", images, "--out", out]
-    for name, value in {"manifest": manifest, "pairs": pairs, "steps": steps, "folds": folds, "fold-steps": fold_steps, "seed": seed}.items():
+    given = {"manifest": manifest, "pairs": pairs, "steps": steps, "folds": folds, "fold-steps": fold_steps, "seed": seed}
+    for name, value in given.items():
         command += [f"--{name}", str(value)] if value else []
     card = {
         "command": shlex.join(command),
@@ -79,7 +80,7 @@ def train(
             "manifest": file_hash(manifest) if manifest else None,
             "num_real": int((~pictures.synthetic).sum()),
             "num_synthetic": int(pictures.synthetic.sum()),
-            "groups": sorted(set(group)),
+            "groups": np.unique(pictures.group).tolist(),
             "num_pairs": len(aligned.real) if aligned else 0,
         },
         "recipe": vars(Recipe(steps, seed=seed)),
@@ -110,17 +111,15 @@ def _trained(
                 compact_train.write(found, path)
 
 
-def entries(images: str, manifest: str | None) -> Iterator[tuple[str, bool, str]]:
-    """(path, synthetic, group) of the labelled images; without a manifest all are real, and a group is the folder that holds them."""
-    if manifest:
-        for row in read_manifest(manifest):
-            yield str(Path(images, row["path"])), row["label"] == "synthetic", row["generator_or_source"]
-        return
-    found = sorted(path for path in Path(images).rglob("*") if path.suffix.lower() in SUFFIXES)
+def labelled(images: str, manifest: str | None) -> list[Entry]:
+    """The labelled images; a folder without real/ and synthetic/ in it holds real ones, a folder for each source.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if manifest or any(Path(images, label).is_dir() for label in ("real", "synthetic")):
+        return entries(images, manifest)
+    found = sorted(path.relative_to(images) for path in Path(images).rglob("*") if path.suffix.lower() in SUFFIXES)
     if not found:
-        raise ValueError(f"no images under {images}; give the folder that holds them, or --manifest")
-    for path in found:
-        yield str(path), False, path.parent.name
-
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".tif", ".tiff", ".bmp")
+        raise ValueError(f"no images under {images}; give the folder that holds them, or --manifest TSV")
+    return [Entry(path.as_posix(), False, path.parts[0], "unknown") for path in found]
