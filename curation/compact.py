@@ -16,8 +16,9 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+VERSION = "1"  # change it with anything but the weights: it is part of the tower's identity
 SIDE = 128  # pixels of a crop
-NUM_CROPS = 6
+NUM_CROPS = 4
 MAX_LATTICE = 8  # candidate places per axis: the cost of choosing does not grow with the image
 DEPTHS = {1: 24, 2: 40, 3: 80, 4: 112, 6: 320}  # group of blocks -> its channels: the places where the trunk is read
 SPREAD = (1, 2)  # of these the spread over the crop is taken, of deeper ones the mean: fine traces come with either sign

@@ -12,7 +12,7 @@ import simplejpeg
 from PIL import Image
 
 NATIVE, REDUCED = 0.5, 0.4  # shares of the crops at native scale, and scaled down; the rest is enlarged
-SCALES = (0.35, 1.0, 1.5)  # smallest reduction, none, largest enlargement
+SMALLEST, LARGEST = 0.35, 1.5  # scales
 SOFTENED, UNTOUCHED, TWICE, WEBP = 0.1, 0.15, 0.25, 0.25  # shares: blurred; not recompressed; recompressed twice; WebP among encodings
 JPEG_QUALITIES, WEBP_QUALITIES = (50, 99), (40, 99)
 SAMPLINGS = ("444", "420", "422")
@@ -22,10 +22,7 @@ KERNELS = (cv2.INTER_LINEAR, cv2.INTER_CUBIC, cv2.INTER_AREA, cv2.INTER_LANCZOS4
 def region(image: np.ndarray, side: int, rng: np.random.Generator) -> np.ndarray:
     """A random square of uint8 (H, W, 3) that `handled` brings to `side`: of that side, larger (reduced later) or smaller."""
     draw = rng.random()
-    if draw < NATIVE + REDUCED:
-        scale = 1.0 if draw < NATIVE else rng.uniform(SCALES[0], SCALES[1])
-    else:
-        scale = rng.uniform(SCALES[1], SCALES[2])
+    scale = rng.uniform(*((1, 1), (SMALLEST, 1), (1, LARGEST))[(draw >= NATIVE) + (draw >= NATIVE + REDUCED)])
     size = min(round(side / scale), max(side, min(image.shape[:2])))
     missing = [max(0, size - length) for length in image.shape[:2]]
     if any(missing):

@@ -10,11 +10,14 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from curation import autoencoders, compact_train
+from curation import autoencoders, compact, compact_train
 from curation.aligned import write_pairs
 from curation.compact_train import Pairs, Pictures, Recipe
-from curation.labelled import SUFFIXES, Entry, entries
-from curation.shards import file_hash, write_json
+from curation.detector import PIXELS
+from curation.labelled import JUDGED, SUFFIXES, Entry, entries, read
+from curation.probe import Head, linear_scores
+from curation.shards import file_hash, whole_file, write_json
+from curation.towers import Compact
 
 
 def pairs(images: str, out: str, autoencoder: tuple[str, ...], manifest: str | None = None, per_image: int = 2, seed: int = 0) -> int:
@@ -51,12 +54,12 @@ def train(
 ) -> int:
     """Train the compact tower: from labelled images, or from a folder of real images and aligned pairs alone.
 
-    With folds it is trained that often besides, each time without some generators and sources: `k2 synthetic fit --folds OUT` then
-    judges every image by a network that has not seen its group. Networks that are there already are kept.
+    With folds it is trained that often besides, each time without some generators and sources, and scores.npz holds what each image
+    gets from the network that has not seen its group: `k2 synthetic fit --scores` is honest with it. Networks that are there are kept.
 
     Args:
         images: Folder of images (one folder per source), or what the manifest's paths are relative to.
-        out: Folder to write: compact.safetensors, compact.json, fold-<i>.safetensors.
+        out: Folder to write: compact.safetensors, compact.json; with folds fold-<i>.safetensors and scores.npz.
         manifest: TSV as for fit; without it all images of the folder are real.
         pairs: Folder of `k2 synthetic pairs`.
         steps: Optimizer steps.
@@ -94,6 +97,8 @@ def train(
         recipe = replace(Recipe(seed=seed), steps=count)
         *_, figures[path.stem] = _trained(pictures, aligned, recipe, held_out, device, path)
     write_json(card | {"figures": figures}, out_dir / "compact.json")
+    if folds:
+        write_scores(images, rows, [(path, held_out) for path, _, held_out in jobs], out_dir, device)
     print(json.dumps({"out": out, "weights": file_hash(out_dir / "compact.safetensors"), "figures": figures}))
     return 0
 
@@ -109,6 +114,30 @@ def _trained(
                 yield found
             else:
                 compact_train.write(found, path)
+
+
+def write_scores(images: str, rows: list[Entry], networks: list[tuple[Path, frozenset[str]]], out: Path, device: str) -> None:
+    """scores.npz: of each image, in the views of labelled.JUDGED, the raw score of the network that left its group out; NaN where it
+    has no such view. With the final network's head, which makes such scores from its own vectors.
+
+    Raises:
+        ValueError: no image of a fold could be read.
+    """
+    paths, scores = [], []
+    for path, held_out in networks:
+        tower = Compact(str(path))
+        found = read(images, [row for row in rows if row.group in held_out], {PIXELS: tower}, device)
+        paths += found.paths
+        scores.append(linear_scores(found.vectors[PIXELS], head_of(path)))
+    weight, bias = head_of(out / "compact.safetensors")
+    with whole_file(out / "scores.npz") as file:
+        np.savez(file, path=np.array(paths), views=np.array(JUDGED), pixels=np.concatenate(scores), weight=weight, bias=np.float64(bias))
+
+
+def head_of(path: Path) -> Head:
+    """The linear head of a network, for vectors of its crops' mean."""
+    head = compact.load(path).head
+    return Head(head.weight[0].numpy(), float(head.bias))
 
 
 def labelled(images: str, manifest: str | None) -> list[Entry]:

@@ -153,7 +153,9 @@ def test_a_saved_detector_gives_the_same_bits_and_a_row_does_not_depend_on_its_b
         for i in range(20)
     ]
     np.testing.assert_array_equal(alone, expected.p_synthetic[:20])
-    (tmp_path / "d" / detector.INFO_FILE).write_text((tmp_path / "d" / detector.INFO_FILE).read_text().replace('"pixels": "compact', '"x": "'))
+    (tmp_path / "d" / detector.INFO_FILE).write_text(
+        (tmp_path / "d" / detector.INFO_FILE).read_text().replace('"pixels": "compact', '"x": "')
+    )
     with pytest.raises(ValueError, match="do not belong together"):
         detector.load(str(tmp_path / "d"))
 
