@@ -17,7 +17,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -43,9 +43,9 @@ class Small:
     bottleneck: Bottleneck
     adversarial: bool = False
     factor: int = 4  # pixels per latent, each way: 4 or 8
-    width: int = 16  # channels at full resolution; twice that at half, four times at a quarter and below
+    width: int = 8  # channels at full resolution; four times that at half, eight times at a quarter and below
     channels: int = 8  # of the latent
-    num_codes: int = 2048  # of a VQ bottleneck
+    num_codes: int = 512  # of a VQ bottleneck
 
     def __post_init__(self):
         if self.upsampling not in get_args(Upsampling) or self.bottleneck not in get_args(Bottleneck) or self.factor not in (4, 8):
@@ -53,7 +53,7 @@ class Small:
                 f"{self}: upsampling is one of {get_args(Upsampling)}, bottleneck one of {get_args(Bottleneck)}, factor 4 or 8"
             )
         if self.width < 8 or self.width % 8:
-            raise ValueError(f"width {self.width}; take a multiple of 8, which is the number of groups of a normalisation")
+            raise ValueError(f"width {self.width}; take a multiple of 8, the size of a group of the normalisation")
 
     @property
     def name(self) -> str:
@@ -159,12 +159,12 @@ def to_tensor(images: np.ndarray) -> Tensor:
 
 
 class Block(nn.Module):
-    """A residual block of two 3x3 convolutions."""
+    """A residual block of two 3x3 convolutions. Groups are of 8 channels: smaller ones would normalise an image's brightness away."""
 
     def __init__(self, width: int):
         super().__init__()
-        self.first = nn.Sequential(nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1))
-        self.second = nn.Sequential(nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1))
+        self.first = nn.Sequential(nn.GroupNorm(width // 8, width), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1))
+        self.second = nn.Sequential(nn.GroupNorm(width // 8, width), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1))
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.second(self.first(x))
@@ -179,44 +179,60 @@ def _up(kind: Upsampling, inputs: int, outputs: int) -> nn.Module:
     return nn.Sequential(nn.Upsample(scale_factor=2, mode=kind), nn.Conv2d(inputs, outputs, 3, padding=1))
 
 
+class Assigned(NamedTuple):
+    """What a VQ bottleneck did."""
+
+    codes: Tensor  # int64 (N, h, w)
+    latents: Tensor  # (N, channels, h, w), of unit length, before they became codes
+
+
 class Net(nn.Module):
     """The network of a `Small`: images (N, 3, H, W) in [-1, 1] to latents (N, channels, H / factor, W / factor), and back."""
 
     def __init__(self, description: Small):
         super().__init__()
         self.description = description
-        vq, channels = description.bottleneck == "vq", description.channels
-        levels = description.factor.bit_length() - 1
-        widths = [description.width * min(2**i, 4) for i in range(levels + 1)]
+        vq, channels, factor = description.bottleneck == "vq", description.channels, description.factor
+        levels = factor.bit_length() - 1
+        widths = [description.width * min(4**i, 8) for i in range(levels + 1)]
         down = [nn.PixelUnshuffle(2), nn.Conv2d(12, widths[1], 3, padding=1), Block(widths[1])]
         for inputs, outputs in itertools.pairwise(widths[1:]):
             down += [nn.Conv2d(inputs, outputs, 3, stride=2, padding=1), Block(outputs)]
-        self.encoder = nn.Sequential(*down, nn.Conv2d(widths[-1], channels if vq else 2 * channels, 3, padding=1))
+        outputs = channels if vq else 2 * channels
+        self.encoder = nn.Sequential(*down, nn.Conv2d(widths[-1], outputs, 3, padding=1))
+        # Patches seen linearly beside the deep path: that learns faster (150 steps: 21.5 dB against 18.8 at
+        # factor 8), and the decoder, which leaves the traces, stays as it is.
+        self.linear = nn.Sequential(nn.PixelUnshuffle(factor), nn.Conv2d(3 * factor**2, outputs, 1))
         up: list[nn.Module] = [nn.Conv2d(channels, widths[-1], 3, padding=1), Block(widths[-1])]
         for inputs, outputs in itertools.pairwise(widths[::-1]):
             up += [_up(description.upsampling, inputs, outputs), Block(outputs)]
-        self.decode = nn.Sequential(*up, nn.GroupNorm(8, widths[0]), nn.SiLU(), nn.Conv2d(widths[0], 3, 3, padding=1))
+        self.decode = nn.Sequential(*up, nn.SiLU(), nn.Conv2d(widths[0], 3, 3, padding=1))
+        if not vq:
+            nn.init.constant_(self.encoder[-1].bias[channels:], -6)  # little noise at the start: the means are still small
+        for block in (module for module in self.modules() if isinstance(module, Block)):
+            nn.init.zeros_(block.second[-1].weight)  # starts as the identity
         if vq:
             self.codebook = nn.Parameter(F.normalize(torch.randn(description.num_codes, channels), dim=1))
 
-    def encode(self, pixels: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(latents, loss of the bottleneck (), codes used or None); a generator draws from the posterior, without one it is its mode."""
+    def encode(self, pixels: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Assigned | None]:
+        """(latents, loss of the bottleneck (), what a VQ assigned); a generator draws from the KL posterior, without one it is its mode."""
+        encoded = self.encoder(pixels) + self.linear(pixels)
         if self.description.bottleneck == "vq":
-            return self._quantize(self.encoder(pixels))
-        mean, log_variance = self.encoder(pixels).chunk(2, dim=1)
+            return self._quantize(encoded)
+        mean, log_variance = encoded.chunk(2, dim=1)
         log_variance = log_variance.clamp(-20, 10)
         loss = 0.5 * KL_WEIGHT * (mean.square() + log_variance.exp() - 1 - log_variance).sum((1, 2, 3)).mean()
         if generator is None:
             return mean, loss, None
         return mean + (log_variance / 2).exp() * torch.randn(mean.shape, generator=generator).to(mean.device), loss, None
 
-    def _quantize(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _quantize(self, latents: Tensor) -> tuple[Tensor, Tensor, Assigned]:
         """Every latent vector becomes the code of nearest direction; the gradient goes straight through."""
         latents, codebook = F.normalize(latents, dim=1), F.normalize(self.codebook, dim=1)
         codes = torch.einsum("nchw,kc->nhwk", latents, codebook).argmax(-1)
         quantized = codebook[codes].permute(0, 3, 1, 2)
         loss = (quantized - latents.detach()).square().sum(1).mean() + COMMITMENT * (quantized.detach() - latents).square().sum(1).mean()
-        return latents + (quantized - latents).detach(), loss, codes
+        return latents + (quantized - latents).detach(), loss, Assigned(codes, latents.detach())
 
 
 def save(net: Net, path: str | Path, facts: Mapping[str, Any]) -> None:
