@@ -61,6 +61,16 @@ class Small:
         return f"{self.upsampling}-{self.bottleneck}-f{self.factor}" + ("-gan" if self.adversarial else "")
 
 
+MIX = (  # what generalises is what all decoders share: every upsampling, both bottlenecks, with and without an adversary
+    Small("nearest", "kl", True, 8, channels=16),
+    Small("transposed", "vq", False, 4),
+    Small("shuffle", "kl", False, 8, channels=16),
+    Small("bilinear", "vq", True, 4),
+    Small("transposed", "kl", True, 8, channels=16),
+    Small("nearest", "vq", False, 4),
+)
+
+
 def load(spec: str | Path, device: str = "cpu") -> Reconstruct:
     """An autoencoder from disk; never from the network. Sides that it cannot take are mirrored at the right and below, and cut again.
 

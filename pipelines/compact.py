@@ -1,4 +1,4 @@
-"""`k2 synthetic pairs` and `k2 synthetic train`: the compact tower from a folder of images."""
+"""`k2 synthetic autoencoders`, `pairs` and `train`: from a folder of images to the compact tower."""
 
 import json
 import shlex
@@ -10,14 +10,43 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from curation import autoencoders, compact, compact_train
+from curation import compact, compact_train
 from curation.aligned import write_pairs
+from curation.autoencoders import MIX, load, save
+from curation.autoencoders_train import train_small
 from curation.compact_train import Pairs, Pictures, Recipe
 from curation.detector import PIXELS
 from curation.labelled import JUDGED, SUFFIXES, Entry, entries, read
 from curation.probe import Head, linear_scores
 from curation.shards import file_hash, whole_file, write_json
 from curation.towers import Compact
+
+PATCH = 64  # pixels; smaller images teach an autoencoder their borders
+MAX_TRAINED = 600  # real images that an autoencoder is trained on; a pixel is seen a few times at most anyway
+
+
+def autoencoders(images: str, out: str, manifest: str | None = None, steps: int = 900, device: str = "cpu", seed: int = 0) -> int:
+    """Train the small autoencoders of `curation.autoencoders.MIX` on real images, 2 CPU minutes each; those that are there are kept.
+
+    Args:
+        images: Folder of real images (one folder per source), or what the manifest's paths are relative to.
+        out: Folder to write: <name>.safetensors.
+        manifest: TSV as for fit; its rows labelled real are taken.
+        steps: Optimizer steps of each.
+        device: cpu or cuda.
+        seed: Of weights and crops.
+    """
+    real = [Path(images, entry.path) for entry in labelled(images, manifest) if not entry.synthetic]
+    chosen = [real[i] for i in np.random.default_rng(seed).permutation(len(real))[:MAX_TRAINED]]
+    pictures = Pictures(chosen, np.zeros(len(chosen), bool), np.full(len(chosen), ""))
+    pixels = [image for row in range(len(chosen)) if min((image := pictures.pixels(row)).shape[:2]) >= PATCH]
+    for number, description in enumerate(MIX):
+        path = Path(out, f"{description.name}.safetensors")
+        if not path.is_file():
+            net, history = train_small(description, pixels, steps, seed + number, device)
+            save(net, path, {"images": len(pixels), "steps": steps, "seed": seed + number})
+            print(json.dumps({"autoencoder": str(path), "psnr": round(history[-1]["psnr"], 2)}), flush=True)
+    return 0
 
 
 def pairs(images: str, out: str, autoencoder: tuple[str, ...], manifest: str | None = None, per_image: int = 2, seed: int = 0) -> int:
@@ -32,7 +61,7 @@ def pairs(images: str, out: str, autoencoder: tuple[str, ...], manifest: str | N
         seed: Of the crops.
     """
     real = [(str(Path(images, entry.path)), entry.group) for entry in labelled(images, manifest) if not entry.synthetic]
-    loaded = {Path(spec).stem: autoencoders.load(spec) for spec in autoencoder}
+    loaded = {Path(spec).stem: load(spec) for spec in autoencoder}
     total = 0
     for path, count, psnr in write_pairs(real, loaded, out, per_image=per_image, seed=seed):
         total += count
