@@ -127,7 +127,7 @@ def fit(rows: Rows, towers: dict[str, str], seed: int = 0) -> tuple[Detector, di
         strength, tried = probe.choose_strength(rows.vectors[name], labels, len(VIEWS), seed)
         raw[name] = probe.leave_one_group_out(rows.vectors[name], labels, len(VIEWS), strength)
         heads[name] = probe.fit_linear(rows.vectors[name][:, : len(VIEWS)], labels, strength)
-        chosen[name] = {"C": strength, "grouped_auroc": tried}
+        chosen[name] = {"strength": strength, "grouped_auroc": tried}
     calibration = calibrated(raw, labels)
     for name, (slope, _) in calibration.platt.items():
         if slope <= 0:

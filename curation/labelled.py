@@ -13,7 +13,7 @@ from curation import canonical
 from curation.decode import DecodeError, Header, decode_for
 from curation.detector import BRANCHES, VIEWS, branch_of
 from curation.probe import Labels
-from curation.shards import fingerprint
+from curation.shards import fingerprint, whole_file
 from curation.stages.basics import jpeg_quality
 from curation.towers import Tower, loaded
 
@@ -97,8 +97,10 @@ def known_by(found: Sequence[Entry]) -> str:
     return fingerprint({"entries": [list(entry) for entry in found]})
 
 
-def read(images: str, found: Sequence[Entry], towers: dict[str, Tower], device: str, seed: int = 0) -> Images:
+def read(images: str, found: Sequence[Entry], towers: dict[str, Tower], device: str, seed: int = 0, kept: str | None = None) -> Images:
     """Decode every image once, and embed it in every view of JUDGED.
+
+    With a folder `kept` the vectors stay there, by tower and labelled set: the next call with it reads them.
 
     The first view is the image as `k2 annotate` gives it to the tower; the others are native-scale crops (`curation.canonical`), which
     images with a side under 256 pixels do not have. An image that cannot be read is named on stderr and counted.
@@ -106,8 +108,11 @@ def read(images: str, found: Sequence[Entry], towers: dict[str, Tower], device: 
     Raises:
         ValueError: none could be read.
     """
+    if kept is not None:
+        parts = [_kept(Path(kept), images, found, name, tower, device, seed) for name, tower in towers.items()]
+        return parts[0]._replace(vectors={name: part.vectors[name] for name, part in zip(towers, parts, strict=True)})
     encoders = {name: loaded(tower, device) for name, tower in towers.items()}
-    paths, kept, area, container = [], [], [], []
+    paths, rows, area, container = [], [], [], []
     vectors: dict[str, list[np.ndarray]] = {name: [] for name in towers}
     for entry in tqdm(found, desc="images", unit="image", file=sys.stderr, disable=not sys.stderr.isatty()):
         try:
@@ -120,18 +125,31 @@ def read(images: str, found: Sequence[Entry], towers: dict[str, Tower], device: 
         squares = _crops(pixels, rng)
         for name, encoder in encoders.items():
             seen = [view if towers[name].reads == "view" else pixels, *squares]
-            rows = np.full((len(JUDGED), towers[name].dim), np.nan, np.float32)
-            rows[: len(seen)] = np.concatenate([encoder.pooled(towers[name].prepare([image])) for image in seen])
-            vectors[name].append(rows)
+            found_here = np.full((len(JUDGED), towers[name].dim), np.nan, np.float32)
+            found_here[: len(seen)] = np.concatenate([encoder.pooled(towers[name].prepare([image])) for image in seen])
+            vectors[name].append(found_here)
         paths.append(entry.path)
-        kept.append(entry[1:])
+        rows.append(entry[1:])
         area.append(header.width * header.height)
         container.append(_container(header, len(encoded)))
-    if not kept:
+    if not rows:
         raise ValueError(f"none of the {len(found)} images could be read under {images}; is --images the right folder?")
-    labels = Labels(*(np.array(column) for column in zip(*kept, strict=True)))
-    stacked = {name: np.stack(rows) for name, rows in vectors.items()}
-    return Images(paths, labels, np.array(area, float), np.array(container, float), stacked, len(found) - len(kept))
+    labels = Labels(*(np.array(column) for column in zip(*rows, strict=True)))
+    stacked = {name: np.stack(vectors[name]) for name in vectors}
+    return Images(paths, labels, np.array(area, float), np.array(container, float), stacked, len(found) - len(rows))
+
+
+def _kept(folder: Path, images: str, found: Sequence[Entry], name: str, tower: Tower, device: str, seed: int) -> Images:
+    path = folder / f"{name}-{fingerprint([tower.identity, known_by(found), JUDGED, seed])}.npz"
+    if not path.is_file():
+        data = read(images, found, {name: tower}, device, seed)
+        labels = {f"label_{field}": value for field, value in data.labels._asdict().items()}
+        with whole_file(path) as file:
+            vectors = data.vectors[name]
+            np.savez(file, paths=data.paths, area=data.area, container=data.container, vectors=vectors, num_bad=data.num_bad, **labels)
+    file = np.load(path)
+    labels = Labels(*(file[f"label_{field}"] for field in Labels._fields))
+    return Images(file["paths"].tolist(), labels, file["area"], file["container"], {name: file["vectors"]}, int(file["num_bad"]))
 
 
 def _crops(pixels: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:

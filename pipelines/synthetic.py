@@ -23,6 +23,7 @@ from curation.shards import file_hash
 from curation.towers import Tower
 from pipelines.audit import audit
 from pipelines.cli import call
+from pipelines.compact import autoencoders, pairs, train
 
 
 def fit(
@@ -256,8 +257,9 @@ def _figure(value: float | None) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`k2 synthetic fit|eval|score|audit`."""
-    return call({"fit": fit, "eval": evaluate, "score": score, "audit": audit}, argv, "k2 synthetic")
+    """`k2 synthetic fit|eval|score|audit|autoencoders|pairs|train`."""
+    verbs = {"fit": fit, "eval": evaluate, "score": score, "audit": audit, "autoencoders": autoencoders, "pairs": pairs, "train": train}
+    return call(verbs, argv, "k2 synthetic")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ import numpy as np
 import pyarrow as pa
 import simplejpeg
 
-from curation import forensics
 from curation.decode import ImageBatch
 from curation.schema import DEFECTS
 
@@ -121,12 +120,12 @@ def grid(luma: np.ndarray) -> dict[str, float | int | None]:
     """8 x 8 blocks of uint8 (P, H, W): the jump between columns (rows) by their place modulo 8, the strongest place against the median.
 
     Blocks survive a second save at high quality, a PNG, and a crop, which moves them: `grid_x` and `grid_y` say where a block
-    starts, 0 for the place where a file's own codec puts it. The measure is `forensics.jumps`, after Wang, Sheikh and Bovik 2002.
+    starts, 0 for the place where a file's own codec puts it. The measure is `jumps`, after Wang, Sheikh and Bovik 2002.
     """
     if min(luma.shape[1:]) < GRID_SIDE:
         return {"blockiness": 0.0, "grid_x": None, "grid_y": None}
     plane = luma.astype(np.float32)
-    profiles = [forensics.jumps(view, 8).mean(0) for view in (plane, plane.transpose(0, 2, 1))]
+    profiles = [jumps(view, 8).mean(0) for view in (plane, plane.transpose(0, 2, 1))]
     excess = [np.log2((profile.max() + 0.1) / (np.median(profile) + 0.1)) for profile in profiles]
     start = [(int(profile.argmax()) + 1) % 8 for profile in profiles]
     return {"blockiness": float(np.mean(excess)), "grid_x": start[0], "grid_y": start[1]}
@@ -248,3 +247,12 @@ def _inset(rows: np.ndarray) -> float:
         if outside <= 0.5 * activity[depth + 2 : lowest].mean():
             return 2 * (depth + 1) / size
     return 0.0
+
+
+def jumps(plane: np.ndarray, period: int) -> np.ndarray:
+    """(C, H, W) -> (C, period): mean |jump between column x and x + 1 beyond what the slopes on both sides foretell|, by x modulo
+    the period; the block edge is at period - 1."""
+    step = np.diff(plane, axis=2)  # (C, H, 127)
+    unforeseen = np.abs(step[:, :, 1:-1] - 0.5 * (step[:, :, :-2] + step[:, :, 2:])).mean(1)  # x = 1 ... 125
+    place = np.arange(1, plane.shape[2] - 2) % period
+    return np.stack([unforeseen[:, place == phase].mean(1) for phase in range(period)], axis=1)

@@ -6,8 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import expit, logit
 from scipy.stats import binomtest
-from sklearn.linear_model import LogisticRegression
-from sklearn.preprocessing import StandardScaler
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
 from curation import probe
 from curation.probe import Labels
@@ -24,12 +23,28 @@ def labelled(num: int, num_groups: int = 4, seed: int = 0) -> tuple[np.ndarray, 
     return vectors.astype(np.float32), Labels(synthetic, group, np.full(num, "photo"))
 
 
-def test_standardisation_is_folded_into_the_weights():
+def test_without_shrinkage_the_head_is_a_linear_discriminant():
     vectors, labels = labelled(320)
-    head = probe.fit_linear(vectors, labels, 0.1)
-    standard = StandardScaler().fit_transform(vectors[:, 0].astype(np.float64))
-    expected = LogisticRegression(C=0.1, max_iter=2000, tol=1e-6).fit(standard, labels.synthetic).decision_function(standard)
-    np.testing.assert_allclose(probe.linear_scores(vectors[:, 0], head), expected, atol=5e-3)
+    head = probe.fit_linear(vectors, labels, 0.0)
+    expected = LinearDiscriminantAnalysis(solver="lsqr", priors=[0.5, 0.5]).fit(vectors[:, 0], labels.synthetic)
+    assert head.weight @ expected.coef_[0] / np.linalg.norm(head.weight) / np.linalg.norm(expected.coef_) > 0.9999
+    scores = probe.linear_scores(vectors[:, 0], head)
+    assert abs(scores[labels.synthetic].mean() + scores[~labels.synthetic].mean()) < 1e-3  # the middle of the two is 0
+
+
+def test_scale_and_offset_of_the_vectors_do_not_matter():
+    vectors, labels = labelled(160)
+    stretch = np.linspace(0.1, 30, DIM, dtype=np.float32)
+    plain, stretched = (probe.linear_scores(v[:, 0], probe.fit_linear(v, labels, 0.3)) for v in (vectors, vectors * stretch + 7))
+    np.testing.assert_allclose(plain, stretched, atol=2e-3)
+
+
+def test_leaving_images_out_by_subtraction_is_a_fit_without_them():
+    vectors, labels = labelled(240)
+    mask = labels.group == "source 1"
+    head = next(iter(probe.heads_without([mask], vectors, labels, (0.3,))))[0]
+    alone = probe.fit_linear(vectors[~mask], labels.at(~mask), 0.3)
+    assert head.weight @ alone.weight / np.linalg.norm(head.weight) / np.linalg.norm(alone.weight) > 0.9999
 
 
 def test_a_dimension_that_never_varies_does_no_harm():
@@ -45,9 +60,8 @@ def test_an_image_with_many_views_counts_no_more_than_one_with_few():
     some = copies.copy()
     some[::3, 1:] = np.nan  # these have one view, and it is the same picture
     once, thrice, mixed = (probe.fit_linear(v, labels, 0.01).weight for v in (vectors, copies, some))
-    # sklearn's C weighs rows, and rows were added; directions agree.
     for other in (thrice, mixed):
-        assert once @ other / np.linalg.norm(once) / np.linalg.norm(other) > 0.97
+        assert once @ other / np.linalg.norm(once) / np.linalg.norm(other) > 0.999
 
 
 def test_a_group_counts_by_the_root_of_its_size_and_a_class_by_half():
