@@ -41,11 +41,12 @@ def controls(container: np.ndarray, area: np.ndarray, vectors: np.ndarray, label
         seed: Of splits and permutations.
     """
     figures = {}
+    there = ~np.isnan(vectors[:, 0])
     for name, values in (("format_only", format_only(container, labels, seed)), ("area_only", area[:, None].astype(float))):
+        values[~there] = np.nan  # the same images that the detector is judged on
         mean = generators(applied(values, labels), area, 0).get("mean", {})
         figures[name], figures[f"{name}_like_area"] = mean.get("auroc"), mean.get("like_area")
     rng = np.random.default_rng(seed)
-    there = ~np.isnan(vectors[:, 0])
     real = there & ~labels.synthetic
     sources = np.unique(labels.group[real])
     told, by_score = [], []

@@ -77,8 +77,11 @@ def _card(
     branch = SEMANTICS if SEMANTICS in images.vectors else next(iter(images.vectors))
     if (~np.isnan(log_odds[:, CROP])).sum() > 2 * protocol.MIN_GROUP:
         result["controls"] = controls(images.container, area, images.vectors[branch][:, CROP], labels, log_odds[:, CROP], seed)
+    no_crop = np.isnan(log_odds[:, CROP])
     others = {"format only": format_only(images.container, labels, seed), "area only": area[:, None].astype(float)}
     result["curves"] = {"loss": list(CURVE), "detector": _curve(comparisons, CROP)}
+    for scores in others.values():
+        scores[no_crop] = np.nan
     result["curves"] |= {name: _curve(list(protocol.applied(scores, labels)), 0) for name, scores in others.items()}
     return result
 

@@ -51,7 +51,7 @@ def reliability(bins: dict[str, dict[str, Any]]) -> Figure:
 
 
 def generator_bars(entries: Sequence[dict[str, Any]]) -> Figure:
-    """AUROC and recall at 5 % loss of each generator, lowest first; the line is the 95 % interval of the recall."""
+    """AUROC and recall at 5 % loss of each generator, lowest first, with the 95 % interval of the recall; 0.75 is marked."""
     ordered = sorted(entries, key=lambda entry: entry["auroc"])
     figure = Figure(figsize=(8.6, 1.0 + 0.3 * len(ordered)), layout="constrained", facecolor="white")
     left, right = figure.subplots(1, 2, sharey=True)

@@ -1,6 +1,7 @@
 """Policies: what the SQL says, what it decides, and what its errors say."""
 
 import json
+import re
 from pathlib import Path
 
 import pyarrow as pa
@@ -366,3 +367,47 @@ def test_a_policy_is_a_name_of_ours_or_a_file(tmp_path, capsys):
     (tmp_path / "pretrain_256.sql").write_text(mine.read_text())
     with pytest.raises(ValueError, match="rename your file"):
         find(str(tmp_path / "pretrain_256.sql"))
+
+
+# --- generated images ---
+
+
+def verdicts(run: Path, policy: Policy, rule: str) -> dict[str, bool | None]:
+    table = decide(run, policy)
+    return dict(zip((uid.partition("/")[2] for uid in table["uid"].to_pylist()), table[rule].to_pylist(), strict=True))
+
+
+def test_the_review_policy_takes_what_pretraining_keeps_and_midtraining_does_not(tmp_path):
+    run = write_run(
+        tmp_path, {"out": {"real_share": 0.05}, "doubt": {"real_share": 0.1}, "end": {"real_share": 0.15}, "in": {"real_share": 0.2}}
+    )
+    assert [uid for uid, kept in verdicts(run, find("review"), "kept").items() if kept] == ["doubt", "end"]
+    pretrain = verdicts(run, find("pretrain_256"), "not_synthetic")
+    assert pretrain == {"out": False, "doubt": True, "end": True, "in": True}
+
+
+def test_a_source_with_many_generated_images_goes_whole_and_a_few_do_not_condemn_one(tmp_path):
+    images = {f"a{i}": {"shard": "art-01", "real_share": 0.01 if i < 20 else 0.5} for i in range(40)}
+    images |= {f"b{i}": {"shard": "few-02", "real_share": 0.01 if i < 3 else 0.5} for i in range(10)}
+    images |= {f"c{i}": {"shard": "web-03", "real_share": 0.01 if i < 2 else 0.5} for i in range(40)}
+    run = write_run(tmp_path, images)
+    table = pq.read_table(run / "annotations/basics/s.parquet")
+    shards = pa.array([images[key]["shard"] for key in table["key"].to_pylist()])
+    write_table(
+        table.set_column(table.column_names.index("shard"), table.schema.field("shard"), shards), run / "annotations/basics/s.parquet", "x"
+    )
+    found = verdicts(run, find("by_source"), "source_not_synthetic")
+    assert {kept for key, kept in found.items() if key[0] == "a"} == {False}
+    assert {kept for key, kept in found.items() if key[0] in "bc"} == {True}
+
+
+def test_the_priors_of_the_manual_move_the_log_odds(tmp_path):
+    text = (Path(__file__).parents[2] / "docs" / "policies.md").read_text()
+    expression, example = re.findall(r"```sql\n(.*?)```", text, re.S)[:2]
+    run = write_run(tmp_path, {"a": {"p_synthetic": 0.9}, "b": {"p_synthetic": 0.2}, "zero": {"p_synthetic": 0.0}})
+    sql = HEADER + f"SELECT uid, {expression.strip().replace('AS p_here', '< 0.51')} AS low FROM basics LEFT JOIN synthetic USING (uid)"
+    assert verdicts(run, Policy("p", sql), "low") == {"a": True, "b": True, "zero": True}  # 0.9 at a prior of a tenth is one half
+    assert verdicts(run, Policy("p", sql.replace("0.51", "0.49")), "low") == {"a": False, "b": True, "zero": True}
+    listed = example.replace("'archive_2015'", "'s'")
+    assert verdicts(run, Policy("p", HEADER + listed), "not_synthetic") == {"a": True, "b": True, "zero": True}
+    assert verdicts(run, Policy("p", HEADER + example), "not_synthetic") == {"a": False, "b": True, "zero": True}
