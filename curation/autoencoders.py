@@ -23,8 +23,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
+
+from curation.shards import write_bytes
 
 Reconstruct = Callable[[np.ndarray], np.ndarray]  # uint8 (N, H, W, 3) -> its reconstruction, uint8 (N, H, W, 3)
 Upsampling = Literal["transposed", "nearest", "bilinear", "shuffle"]
@@ -248,7 +250,7 @@ class Net(nn.Module):
 def save(net: Net, path: str | Path, facts: Mapping[str, Any]) -> None:
     """Write a .safetensors file that `load` reads: the weights, the description, and `facts` (JSON: data, steps, seed ...)."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in net.state_dict().items()}
-    save_file(tensors, str(path), {"small": json.dumps(asdict(net.description)), "facts": json.dumps(dict(facts))})
+    write_bytes(to_bytes(tensors, {"small": json.dumps(asdict(net.description)), "facts": json.dumps(dict(facts))}), path)
 
 
 def load_small(path: str | Path) -> Net:

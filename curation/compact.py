@@ -60,7 +60,8 @@ def load(path: Path = WEIGHTS) -> Network:
     try:
         network.load_state_dict(weights, strict=True, assign=True)
     except RuntimeError as error:
-        raise ValueError(f"{path} does not hold the compact network: {str(error)[:300]}; train it with `k2 synthetic train`") from error
+        what = " ".join(str(error).split())[:300]
+        raise ValueError(f"{path} does not hold the compact network: {what}; train it with `k2 synthetic train`") from error
     return network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 

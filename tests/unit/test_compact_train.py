@@ -76,7 +76,7 @@ def test_training_learns_a_plain_mark_and_is_the_same_twice(pictures):
     assert all(torch.equal(a, b) for a, b in zip(network.state_dict().values(), second.state_dict().values(), strict=True))
     scores = []
     for row in range(8):
-        crop = torch.from_numpy(pictures.pixels(row)[:128, :128]).permute(2, 0, 1)[None].float()
+        crop = torch.tensor(pictures.pixels(row)[:128, :128]).permute(2, 0, 1)[None].float()
         with torch.inference_mode():
             scores.append(network.head(network(crop)).item())
     scores = np.array(scores)
