@@ -15,7 +15,7 @@ from curation.protocol import applied, auroc, generators
 
 SPLITS = 5  # of the real sources into two classes
 FOLDS = 5
-STRENGTH = 1e-3
+STRENGTH = 1.0
 
 
 def format_only(container: np.ndarray, labels: Labels, seed: int) -> np.ndarray:

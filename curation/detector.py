@@ -13,6 +13,7 @@ The vectors may come from a network that was itself trained on the labelled imag
 the network knows by heart: such a branch brings its own head, and scores of its training folds (`Rows.given`).
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +22,6 @@ import numpy as np
 from safetensors.numpy import load_file
 from safetensors.numpy import save as to_bytes
 from scipy.special import expit
-from sklearn.linear_model import LogisticRegression
 
 from curation import probe
 from curation.conformal import Reals, calibrate, real_share, thresholds
@@ -34,7 +34,7 @@ from curation.towers import Tower
 PIXELS, SEMANTICS = BRANCHES = ("pixels", "semantics")
 VIEWS = ("whole", "crop", "random 1", "random 2", "random 3")  # of every labelled image; those after them are only judged
 NUM_CALIBRATED = 2  # the first views, which calibration is fitted on: what a stage sees, and what the evaluation does
-KIND_STRENGTH = 1e-3
+KIND_STRENGTH = 1.0
 LEAST_GROUPS = 3
 WEIGHTS_FILE, INFO_FILE = "detector.safetensors", "detector.json"
 
@@ -119,7 +119,7 @@ def fit(rows: Rows, towers: dict[str, str], seed: int = 0) -> tuple[Detector, di
         if num < LEAST_GROUPS:
             raise ValueError(f"{num} {name} among the images; a detector that is judged on unseen ones needs at least {LEAST_GROUPS}")
     heads, raw, chosen = {}, {}, {}
-    for name in rows.vectors:
+    for name in (name for name in BRANCHES if name in rows.vectors or name in rows.given):
         if name in rows.given:
             heads[name], raw[name] = rows.heads[name], rows.given[name]
             chosen[name] = "given: the tower was trained on these images, and its folds were left out"
@@ -191,23 +191,24 @@ def cross_real_shares(log_odds: np.ndarray, kinds: np.ndarray, labels: Labels) -
 
 
 def fit_kinds(vectors: np.ndarray, labels: Labels) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]] | None:
-    """Multinomial logistic regression of the kinds of real images, every source and kind balanced; None with fewer than two kinds."""
+    """Heads that tell each kind of real images from the others; None with fewer than two kinds."""
+    return next(kinds_without([np.zeros(len(vectors), bool)], vectors, labels))
+
+
+def kinds_without(
+    held_out: Sequence[np.ndarray], vectors: np.ndarray, labels: Labels
+) -> Iterator[tuple[np.ndarray, np.ndarray, tuple[str, ...]] | None]:
+    """The heads of the kinds, fitted without the images of each mask (N,)."""
     real = ~labels.synthetic
     names = tuple(np.unique(labels.kind[real]).tolist())
     if len(names) < 2:
-        return None
-    views = vectors[real, : len(VIEWS)]
-    there = ~np.isnan(views[:, :, 0])
-    x, kind = views[there].astype(np.float64), np.repeat(labels.kind[real, None], views.shape[1], 1)[there]
-    mean, scale = x.mean(0), x.std(0)
-    scale[scale == 0] = 1.0
-    model = LogisticRegression(C=KIND_STRENGTH, class_weight="balanced", max_iter=500, tol=1e-4).fit((x - mean) / scale, kind)
-    if len(names) == 2:  # sklearn keeps one row of coefficients for two classes
-        coefficients, intercepts = np.vstack([-model.coef_, model.coef_]) / 2, np.append(-model.intercept_, model.intercept_) / 2
-    else:
-        coefficients, intercepts = model.coef_, model.intercept_
-    weight = (coefficients / scale).astype(np.float32)
-    return weight, intercepts - weight.astype(np.float64) @ mean, names
+        yield from (None for _ in held_out)
+        return
+    views, group, kind = vectors[real, : len(VIEWS)], labels.group[real], labels.kind[real]
+    masks = [mask[real] for mask in held_out]
+    found = [probe.heads_without(masks, views, Labels(kind == name, group, kind), (KIND_STRENGTH,)) for name in names]
+    for heads in zip(*found, strict=True):
+        yield np.stack([head.weight for (head,) in heads]), np.array([head.bias for (head,) in heads]), names
 
 
 def kinds_of(kinds: tuple[np.ndarray, np.ndarray, tuple[str, ...]], vectors: np.ndarray) -> np.ndarray:

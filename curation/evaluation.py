@@ -43,10 +43,9 @@ def _unseen_kinds(rows: Rows, fitted: Detector, shape: tuple[int, int]) -> np.nd
         return np.full(shape, "")
     vectors, labels = rows.vectors[SEMANTICS], rows.labels
     kinds = detector.kinds_of(fitted.kinds, vectors).astype(object)
-    for name in np.unique(labels.group[~labels.synthetic]):
-        own = ~labels.synthetic & (labels.group == name)
-        head = detector.fit_kinds(vectors[~own], labels.at(~own))
-        kinds[own] = detector.kinds_of(head, vectors[own]) if head else ""
+    sources = [~labels.synthetic & (labels.group == name) for name in np.unique(labels.group[~labels.synthetic])]
+    for own, heads in zip(sources, detector.kinds_without(sources, vectors, labels), strict=True):
+        kinds[own] = detector.kinds_of(heads, vectors[own])
     return kinds.astype(str)
 
 

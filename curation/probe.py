@@ -91,7 +91,9 @@ def heads_without(held_out: Iterable[np.ndarray], vectors: np.ndarray, labels: L
 
 
 def _solved(sums: Sums, strength: float, mean: np.ndarray, scale: np.ndarray) -> Head:
-    """Both classes with the same weight, whatever is left of them."""
+    """Both classes with the same weight, whatever is left of them; where nothing is left of one, nothing speaks for the second."""
+    if min(sums.weight) < 1e-9:
+        return Head(np.zeros_like(scale, np.float32), -np.inf)
     real, fake = sums.first / sums.weight[:, None]
     middle = (real + fake) / 2
     covariance = (sums.second / sums.weight[:, None, None]).mean(0) - np.outer(middle, middle)

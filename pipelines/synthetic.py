@@ -32,6 +32,7 @@ def fit(
     out: str,
     manifest: str | None = None,
     scores: str | None = None,
+    kept: str | None = None,
     device: str = "cpu",
     seed: int = 0,
 ) -> int:
@@ -42,14 +43,17 @@ def fit(
         towers: compact, effnet or siglip[:MODEL[:PRETRAINED]]: one for pixels, one for semantics, or both.
         out: Folder to write, or a bare name: a folder in curation/weights, which ships with the package.
         manifest: TSV with the columns path, label (real or synthetic), generator_or_source, kind. Other labels are left out.
-        scores: .npz for a compact tower that was trained on these images: path (N), views (V) and pixels (N, V), its scores of images
-            whose group its training had left out, and weight and bias of the head that makes such scores from its vectors.
+        scores: .npz for a compact tower that was trained on these images, from `k2 synthetic train --folds`: path (N), views (V) and
+            pixels (N, V), its scores of images whose group its training had left out, and weight and bias of the head that makes such
+            scores from its vectors.
+        kept: Folder in which the vectors stay, most of the work: a second fit with it takes a minute.
         device: cpu or cuda, for the towers.
         seed: Of crops and folds.
     """
     chosen, folder = branches_of([parse_tower(spec) for spec in towers]), out_dir(out)
     found = labelled.entries(images, manifest)
-    data = labelled.read(images, found, chosen, device, seed=seed)
+    read = {name: tower for name, tower in chosen.items() if not scores or name != detector.PIXELS}
+    data = labelled.read(images, found, read, device, seed, kept)
     given, heads = read_scores(scores, data.paths, chosen) if scores else ({}, {})
     rows = Rows(data.labels, data.vectors, given, heads)
     with threadpool_limits(1):  # small problems: one thread is the fastest, and gives the same numbers on every machine
