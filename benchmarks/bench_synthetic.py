@@ -1,10 +1,11 @@
-"""What the AI-generated detector costs: the compact tower from decoded pixels, where its time goes, and the whole stage beside its frozen tower.
+"""What the AI-generated detector costs: the compact tower from decoded pixels, and the whole stage beside its frozen tower.
 
     python benchmarks/bench_synthetic.py --images ../shared/data/images [--num 64] [--rounds 3]
 
 One thread. Images have to be at least 256 pixels a side. `tower` is prepare (choose and cut the crops) and forward; `frozen` is the
 semantic tower's own prepare and forward, which a run pays anyway; `stage` is all of the stage `synthetic` with both towers, and
-`added` is what it costs beyond the frozen tower. Times are CPU time, medians of rounds. Appends a line to benchmarks/results/synthetic.jsonl.
+`added` is what it costs beyond the frozen tower. Times are CPU time, medians of rounds; one line goes to
+benchmarks/results/synthetic.jsonl.
 """
 
 import json
