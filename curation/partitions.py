@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from curation.cells import Cells, places, read_vectors, units
 from curation.dedup import bytes_of
 from curation.groups import integers
-from curation.hamming import Plan, band_values, deal, in_order, search
+from curation.hamming import Plan, deal, in_order, parts_of, search
 from curation.semantic import Found, Semantic, merged, search_cells, visitors
 from curation.shards import read_fingerprint, write_row_groups, write_table
 
@@ -100,9 +100,9 @@ class HashSearch:
             if done(path, self.made_by):
                 continue
             if words is None:
-                words = deal(hashes, self.plan.sizes)
+                words = deal(hashes)
                 ids = np.arange(chunk * CHUNK, chunk * CHUNK + len(hashes))
-            partition = band_values(step, words).astype(np.int64) * self.num_partitions >> step.width
+            partition = parts_of(self.plan, step, words, self.num_partitions)
             write_partitions(pa.table({"id": ids, **dict(zip(WORDS, words, strict=True))}), partition, path, self.made_by)
 
     def _search(self, item: Item) -> None:

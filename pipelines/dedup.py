@@ -138,7 +138,7 @@ def _duplicates(how: How) -> pa.Table:
         if not count or not len(hashes):
             return near_pairs(hashes, max_bits, num_asked, watch)
         plan = plan_for(len(hashes), max_bits)
-        most = 1 << min(step.width for step in plan.steps)
+        most = plan.most_partitions
         if len(hashes) * ROW_BYTES / most > 2 * how.memory:
             raise ValueError(f"--memory-gb: {len(hashes)} hashes need {len(hashes) * ROW_BYTES / most / 1e9:.1f} GB per worker")
         folder = Path(how.run, "dedup", f"duplicates-{fingerprint}")
