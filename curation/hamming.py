@@ -21,11 +21,10 @@ from curation.schema import PHASH_BYTES
 PHASH_BITS = 8 * PHASH_BYTES
 NUM_WORDS = 3
 WORD_BITS = PHASH_BITS // NUM_WORDS
-Words = list[np.ndarray]  # the bits of N hashes, dealt to three uint64 arrays (N,)
 # Nanoseconds of a key of one row and of a candidate pair, measured; and how much less than its bits a key of real hashes tells.
-SORT_COST, PAIR_COST, TELLING = 28, 10, 0.8
+SORT_COST, PAIR_COST, TELLING = 28, 10, 0.9
 DENSE = 8  # where more than one row in so many has a candidate, all rows are compared: faster than to gather those
-IN_CACHE = 1 << 16  # rows that are sorted at once
+IN_CACHE = 1 << 15  # rows that are sorted at once, about
 MIX = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio: the high bits of a product depend on all bits of a key
 
 
@@ -90,16 +89,16 @@ def _every(count: int, first: int) -> int:
     return sum(1 << bit for bit in range(first, WORD_BITS, count))
 
 
-def deal(hashes: np.ndarray) -> Words:
-    """The bits of uint8 (N, 18) hashes as three words; distances stay what they are.
+def deal(hashes: np.ndarray) -> np.ndarray:
+    """The bits of uint8 (N, 18) hashes as uint64 (N, 3) words; distances stay what they are.
 
     Of three bytes that follow each other each word has one, in turn the first, the second and the third.
     """
-    words = np.zeros((NUM_WORDS, len(hashes), 8), np.uint8)
+    words = np.zeros((len(hashes), NUM_WORDS, 8), np.uint8)
     for byte in range(PHASH_BYTES):
         row, place = divmod(byte, NUM_WORDS)
-        words[(row + place) % NUM_WORDS, :, row] = hashes[:, byte]
-    return [word.view("<u8")[:, 0] for word in words]
+        words[:, (row + place) % NUM_WORDS, row] = hashes[:, byte]
+    return words.view("<u8")[..., 0]
 
 
 def near_pairs(
@@ -128,37 +127,38 @@ def in_order(pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return left[order], right[order]
 
 
-def parts_of(plan: Plan, step: Step, words: Words, count: int) -> np.ndarray:
+def parts_of(plan: Plan, step: Step, words: np.ndarray, count: int) -> np.ndarray:
     """The part (N,), uint16 under `count` <= 2^16, of each row: rows whose first bands are equal have the same."""
-    value = (words[step.word] & np.uint64(plan.bands[step.word][step.first])) * MIX
+    value = (words[:, step.word] & np.uint64(plan.bands[step.word][step.first])) * MIX
     value >>= np.uint64(32)
     value *= np.uint64(count)
     value >>= np.uint64(32)
     return value.astype(np.uint16)
 
 
-def search(plan: Plan, step: Step, words: Words, ids: np.ndarray, num_asked: int) -> Iterator[np.ndarray]:
+def search(plan: Plan, step: Step, words: np.ndarray, ids: np.ndarray, num_asked: int) -> Iterator[np.ndarray]:
     """Pairs (2, P) of `ids` within plan.max_bits that this step is the first to find, left < right; `ids` (N,) rises."""
     if len(ids) <= IN_CACHE:
-        yield _search(plan, step, words, ids, num_asked)
+        yield ids[_search(plan, step, words, np.searchsorted(ids, num_asked))]
         return
-    count = 1 << 16
+    count = min(-(-len(ids) // IN_CACHE), 1 << 16)
     parts = parts_of(plan, step, words, count)
     order = np.argsort(parts, kind="stable")
+    num_asked = np.searchsorted(ids, num_asked)
     ends = np.bincount(parts, minlength=count).cumsum()
     start = 0
     for stop in ends.tolist():
         if stop - start > 1:
             rows = order[start:stop]
-            yield _search(plan, step, [word[rows] for word in words], ids[rows], num_asked)
+            found = _search(plan, step, words.take(rows, axis=0), np.searchsorted(rows, num_asked))
+            yield ids[rows[found]]
         start = stop
 
 
-def _search(plan: Plan, step: Step, words: Words, ids: np.ndarray, num_asked: int) -> np.ndarray:
-    row_bits = np.uint64((1 << max(len(ids) - 1, 1).bit_length()) - 1)
-    rows = np.arange(len(ids), dtype=np.uint64)
-    mine, other = words[step.word], words[(step.word + 1) % NUM_WORDS]
-    last = np.searchsorted(ids, num_asked)
+def _search(plan: Plan, step: Step, words: np.ndarray, num_asked: int) -> np.ndarray:
+    row_bits = np.uint64((1 << max(len(words) - 1, 1).bit_length()) - 1)
+    rows = np.arange(len(words), dtype=np.uint64)
+    mine, other = (np.ascontiguousarray(words[:, word % NUM_WORDS]) for word in (step.word, step.word + 1))
     found = [np.empty((2, 0), np.int64)]
     for mask in step.masks:
         # One sorted word holds a hash of the key (equal keys have equal hashes; the few others fail the distance) and the row.
@@ -183,20 +183,20 @@ def _search(plan: Plan, step: Step, words: Words, ids: np.ndarray, num_asked: in
             left = left[left + ahead < len(key)]
             left = left[key[left + ahead] ^ key[left] <= row_bits]
     rows = np.concatenate(found, axis=1)
-    return ids[_new(plan, step, words, rows[:, rows[0] < last])]
+    return _new(plan, step, words, rows[:, rows[0] < num_asked])
 
 
-def _new(plan: Plan, step: Step, words: Words, rows: np.ndarray) -> np.ndarray:
+def _new(plan: Plan, step: Step, words: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """Each pair of rows (2, P) once, of those within plan.max_bits that no earlier step finds."""
-    differ = [word[rows[0]] ^ word[rows[1]] for word in words]
-    new = sum(map(np.bitwise_count, differ)) <= plan.max_bits
-    rows, differ = rows[:, new], [word[new] for word in differ]
-    equal = [[word & np.uint64(band) == 0 for band in bands] for word, bands in zip(differ, plan.bands, strict=True)]
+    differ = words[rows[0]] ^ words[rows[1]]
+    new = np.bitwise_count(differ).sum(1, dtype=np.uint8) <= plan.max_bits
+    rows, differ = rows[:, new], differ[new]
+    equal = [[word & np.uint64(band) == 0 for band in bands] for word, bands in zip(differ.T, plan.bands, strict=True)]
     here = equal[step.word]
     new = here[step.first] & (sum(band.astype(np.uint8) for band in here) >= plan.equal)  # false where only the hashes of two keys agree
     for earlier in equal[: step.word]:
         new &= sum(band.astype(np.uint8) for band in earlier) < plan.equal
     for band in here[: step.first]:
         new &= ~band
-    code = np.unique(rows[0, new] * len(words[0]) + rows[1, new])
-    return np.stack(np.divmod(code, len(words[0]))) if len(words[0]) else rows
+    code = np.unique(rows[0, new] * len(words) + rows[1, new])
+    return np.stack(np.divmod(code, max(len(words), 1)))

@@ -104,7 +104,7 @@ class HashSearch:
             return
         table = pq.read_table(hashes_path(self.folder, chunk), columns=["row", "mirror" if mirrors else "image"])
         ids, words = integers(table["row"]) + mirrors * self.num_images, deal(bytes_of(table[1]))
-        entries = pa.table({"id": ids, **dict(zip(WORDS, words, strict=True))})
+        entries = pa.table({"id": ids, **{name: words[:, i] for i, name in enumerate(WORDS)}})
         for i in missing:
             partition = parts_of(self.plan, self.plan.steps[i], words, self.num_partitions)
             write_partitions(entries, partition, self.entries(i)[number], self.made_by)
@@ -113,7 +113,7 @@ class HashSearch:
         if done(self.pairs(item), self.made_by):
             return
         table = read_partition(self.entries(item.step), item.number)
-        ids, words = integers(table["id"]), [table[name].to_numpy() for name in WORDS]
+        ids, words = integers(table["id"]), np.stack([table[name].to_numpy() for name in WORDS], axis=1)
         del table
         found = list(search(self.plan, self.plan.steps[item.step], words, ids, self.num_images))
         left, right = in_order(np.concatenate([np.empty((2, 0), np.int64), *found], axis=1) % max(self.num_images, 1))
