@@ -64,7 +64,7 @@ def made_by(files: list[Path], description: object) -> str:
 
 
 def near_here(hashes: Hashes, max_bits: int, watch: Callable = iter) -> tuple[np.ndarray, np.ndarray]:
-    """A Search in this process's memory: about 300 bytes per image."""
+    """A Search in this process's memory."""
     rows, images, mirrors = (np.concatenate(part) for part in zip(NOTHING, *hashes, strict=True))
     left, right = near_pairs(np.concatenate([images, mirrors]), max_bits, len(rows), watch)
     return rows[left % max(len(rows), 1)], rows[right % max(len(rows), 1)]

@@ -21,7 +21,8 @@ from curation.schema import PHASH_BYTES
 PHASH_BITS = 8 * PHASH_BYTES
 NUM_WORDS = 3
 WORD_BITS = PHASH_BITS // NUM_WORDS
-# Nanoseconds of a key of one row and of a candidate pair, measured; and how much less than its bits a key of real hashes tells.
+# Nanoseconds of a key of one row (measured on a busy machine) and of a candidate pair (an estimate); and how much less than its bits
+# a key of real hashes tells: 0.84 to 0.97 among 565 pictures. They choose a plan and never change what it finds.
 SORT_COST, PAIR_COST, TELLING = 28, 10, 0.9
 DENSE = 8  # where more than one row in so many has a candidate, all rows are compared: faster than to gather those
 IN_CACHE = 1 << 15  # rows that are sorted at once, about

@@ -22,7 +22,7 @@ from curation.shards import read_fingerprint, write_row_groups, write_table
 
 PARTS = b"k2.partitions"
 CHUNK = 1 << 21  # images in one file of hashes, about
-ROW_BYTES = 150  # memory of a task per hash of its partition, measured
+ROW_BYTES = 150  # memory of a task per hash of its partition; measured before words were rows, not since
 COPIES = 6  # memory of a task per byte of its partition's vectors, measured
 WORDS = ("word0", "word1", "word2")
 

@@ -57,7 +57,7 @@ def dedup(
         ray: off (this process), auto (a running Ray cluster, else this machine) or a Ray address.
         workers: Ray workers; default one per CPU.
         memory_gb: Memory of one worker. A search that needs more is cut into partitions, on disk under RUN/dedup until it ends. This
-            process itself needs 1 GB or a quarter of that, 40 bytes per image, and 1 KB per image that equals another.
+            process itself needs 1 GB or a quarter of that, and memory for the images that equal another (docs/operating.md).
     """
     how = How(run, ray, workers, memory_gb)
     try:
