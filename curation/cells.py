@@ -52,9 +52,12 @@ def num_samples(num_rows: int) -> int:
     return min(num_rows, max(SAMPLE * num_cells(num_rows), LEAST))
 
 
-def sample_rows(draw: np.ndarray, count: int) -> np.ndarray:
-    """Rows of the `count` images with the smallest draws, in their order."""
-    return np.argsort(draw, kind="stable")[:count]
+def sample_rows(draw: np.ndarray, among: np.ndarray, count: int) -> np.ndarray:
+    """Rows of the `count` images with the smallest draws (N,) `among` (N,) those that may be drawn, in their order."""
+    allowed = draw[among]
+    largest = np.partition(allowed, count - 1)[count - 1] if 0 < count < len(allowed) else np.inf
+    rows = np.flatnonzero(among & (draw <= largest))
+    return rows[np.argsort(draw[rows], kind="stable")][:count]
 
 
 def fit_cells(sample: np.ndarray, count: int) -> Cells:

@@ -12,7 +12,6 @@ import numpy as np
 import pyarrow as pa
 
 from curation.cells import Cells, kmeans, nearest, units
-from curation.groups import spread
 from curation.schema import CONCEPTS
 
 SAMPLE = 64  # training images per leaf: with 4 sqrt(N) leaves, training costs as much per image however many there are
@@ -94,49 +93,28 @@ def paths(leaf: np.ndarray, tree: Tree) -> np.ndarray:
 
 
 def weights(path: np.ndarray, counted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(weight (N,), sizes (N, levels)) of images with their paths (N, levels).
+    """(weight (N,), sizes (N, levels)) of leaves or images with their paths (N, levels).
 
     Top down, every cluster shares evenly among those of its children that have images; a leaf among its images (section 4.3 of the
-    paper, without its cap: an image whose weight is over 1 / target is simply always taken). Only `counted` (N,) images make up sizes;
+    paper, without its cap: an image whose weight is over 1 / target is simply always taken). `counted` (N,) images each make up sizes;
     their weights have mean 1. The others weigh what their leaf does.
     """
     num_levels = path.shape[1]
-    sizes = np.stack([np.bincount(path[counted, i], minlength=path[:, i].max() + 1)[path[:, i]] for i in range(num_levels)], axis=1)
+    sizes = np.stack([np.bincount(path[:, i], counted)[path[:, i]].astype(np.int64) for i in range(num_levels)], axis=1)
     share = np.ones(len(path))
     parent = np.zeros(len(path), np.int64)
     for i in range(num_levels):
-        pairs = np.unique(np.stack([parent[counted], path[counted, i]]), axis=1)
+        pairs = np.unique(np.stack([parent[counted > 0], path[counted > 0, i]]), axis=1)
         children = np.bincount(pairs[0], minlength=parent.max() + 1)
         share /= np.maximum(children[parent], 1)
         parent = path[:, i]
     return int(counted.sum()) * share / np.maximum(sizes[:, -1], 1), sizes
 
 
-def concepts_table(
-    uids: pa.ChunkedArray,
-    errors: pa.ChunkedArray,
-    known: np.ndarray,
-    leaf: np.ndarray,
-    counted: np.ndarray,
-    draw: np.ndarray,
-    tree: Tree,
-    tower: str,
-) -> pa.Table:
-    """schema.CONCEPTS, one row per uid; `leaf` and `counted` (K,) are of the rows that have a vector (`known`, bool (N,))."""
+def leaf_table(tree: Tree, counted: np.ndarray) -> pa.Table:
+    """The columns leaf, path, sizes and weight of schema.CONCEPTS, one row per leaf; `counted` (leaves,) images are in each."""
+    leaf = np.arange(len(counted))
     path = paths(leaf, tree)
-    weight, sizes = weights(path, counted) if len(path) else (np.zeros(0), path)
-
-    def lists(values: np.ndarray) -> pa.Array:
-        width = values.shape[1]
-        offsets = np.concatenate([[0], np.cumsum(known * width)]).astype(np.int32)
-        return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values.reshape(-1).astype(np.int32)), mask=pa.array(~known))
-
-    columns = [
-        pa.array([tower] * len(known), pa.string()),
-        spread(leaf, known, None, pa.int32()),
-        lists(path),
-        lists(sizes),
-        spread(weight, known, None, pa.float32()),
-        pa.array(draw, pa.float64()),
-    ]
-    return pa.Table.from_arrays([uids, *columns, errors], schema=CONCEPTS)
+    weight, sizes = weights(path, counted)
+    columns = {"leaf": leaf, "path": path.tolist(), "sizes": sizes.tolist(), "weight": weight}
+    return pa.table(columns).cast(pa.schema([CONCEPTS.field(name) for name in columns])).combine_chunks()

@@ -7,25 +7,34 @@ mirrored as well, and 93 % of crops of 1 %, and join no two different pictures; 
 5 % moves far more bits, so crops are left to embeddings (curation/semantic.py).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.dataset
 
-from curation.groups import join, numbered, ranks, spread, stars
+from curation.groups import join, numbered, ranks, stars
 from curation.hamming import PHASH_BITS, near_pairs
-from curation.schema import BASICS, COLORHASH_BYTES, DUPLICATES
+from curation.ordered import COLUMNS, Ordered, spread
+from curation.schema import COLORHASH_BYTES, DUPLICATES, PHASH_BYTES
 from curation.shards import file_hash, fingerprint
 
 COLOR_BINS, COLOR_BITS = 14, 3
+SAME_BYTES = """SELECT "row" FROM images SEMI JOIN (SELECT md5 FROM images WHERE error IS NULL GROUP BY md5 HAVING count(*) > 1) USING (md5)
+    WHERE error IS NULL"""
+HASHES = "phash, phash_mirror, colorhash"
+SAME_HASHES = f"""SELECT "row", "first" FROM images JOIN (SELECT {HASHES}, min("row") AS "first" FROM images
+    WHERE error IS NULL AND bit_count(phash::BIT) = {PHASH_BITS // 2} GROUP BY {HASHES} HAVING count(*) > 1) USING ({HASHES})
+    WHERE error IS NULL ORDER BY "row" """
+ALONE = {"group": None, "group_size": 1, "kind": "unique", "representative": True, "distance": None, "mirrored": None}
+NOTHING = (np.zeros(0, np.int64), np.zeros((0, PHASH_BYTES), np.uint8), np.zeros((0, PHASH_BYTES), np.uint8))
 PIECE = 1 << 20  # pairs whose colours are compared together
-COLUMNS = ("uid", "bytes", "md5", "width", "height", "format", "phash", "phash_mirror", "colorhash", "jpeg_quality", "error")
 
-# Rows (left, right) of uint8 (N, 18) hashes that differ in at most so many bits; the last argument is hamming.near_pairs' num_asked.
-Search = Callable[[np.ndarray, int, int], tuple[np.ndarray, np.ndarray]]
+# (row numbers (P,), uint8 (P, 18) phashes of the images, and of their mirrors), the rows rising from piece to piece
+Hashes = Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]
+# Pairs (left, right) of those rows of which an image is within so many bits of the other or of its mirror.
+Search = Callable[[Hashes, int], tuple[np.ndarray, np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -54,37 +63,44 @@ def made_by(files: list[Path], description: object) -> str:
     return fingerprint({"dedup": description, "files": {f"{file.parent.name}/{file.name}": file_hash(file) for file in files}})
 
 
-def read_basics(files: list[Path]) -> pa.Table:
-    """The columns that duplicates are found from."""
-    return pyarrow.dataset.dataset(files, format="parquet").to_table(columns=list(COLUMNS))
+def near_here(hashes: Hashes, max_bits: int, watch: Callable = iter) -> tuple[np.ndarray, np.ndarray]:
+    """A Search in this process's memory."""
+    rows, images, mirrors = (np.concatenate(part) for part in zip(NOTHING, *hashes, strict=True))
+    left, right = near_pairs(np.concatenate([images, mirrors]), max_bits, len(rows), watch)
+    return rows[left % max(len(rows), 1)], rows[right % max(len(rows), 1)]
 
 
-def by_uid(basics: pa.Table) -> pa.Table:
-    """The columns that duplicates are found from, sorted by uid: nothing depends on the order of shards.
-
-    Texts have 64-bit offsets: the md5 of 67 million images are more than the 2 GB that 32-bit ones reach.
-    """
-    kinds = {name: BASICS.field(name).type for name in COLUMNS} | {"uid": pa.large_string(), "md5": pa.large_string()}
-    return basics.select(COLUMNS).cast(pa.schema(list(kinds.items()))).sort_by("uid").combine_chunks()
-
-
-def find_duplicates(basics: pa.Table, description: Dedup = Dedup(), search: Search = near_pairs) -> pa.Table:
-    """schema.DUPLICATES, one row per row of `basics` (whatever their order), sorted by uid.
+def find_duplicates(images: Ordered, description: Dedup = Dedup(), search: Search = near_here) -> Iterator[pa.Table]:
+    """schema.DUPLICATES in pieces, one row per image, in the order of uid.
 
     A broken image has its error and no values: no policy keeps it, so it may not stand for a group. Groups are stars around the
     image to keep (`groups.stars`), numbered in the order of their first uid. `search` finds the near hashes: in this process, or in
-    partitions (pipelines/dedup.py); all find the same ones.
+    partitions (pipelines/dedup.py); all find the same ones. Only images that equal or are near another are in memory.
     """
-    basics = by_uid(basics)
-    uids, errors, good = short(basics["uid"]), basics["error"], basics["error"].is_null().to_numpy()
-    rows = basics.drop_columns(["uid", "error"])
-    rows = rows if good.all() else rows.filter(good)
-    del basics  # at ten million images, each copy of the columns is a gigabyte
+    (exact,) = images.numbers(SAME_BYTES, ("row",))
+    equal, first = images.numbers(SAME_HASHES, ("row", "first"))
+    left, right = search(_searched(images, equal[equal != first]), description.phash_bits)
+    rows = np.unique(np.concatenate([exact, equal, left, right]))
+    found = groups(images.take(rows, COLUMNS), np.searchsorted(rows, left), np.searchsorted(rows, right), description)
+    for _, piece in spread(images, rows, found, ALONE):
+        yield piece.cast(DUPLICATES)
+
+
+def _searched(images: Ordered, copies: np.ndarray) -> Hashes:
+    """The hashes that say something, without those of `copies`, which rise: of ten thousand equal ones one is enough."""
+    for start, piece in images.pieces(("phash", "phash_mirror", "error")):
+        good = np.flatnonzero(piece["error"].is_null().to_numpy())
+        both = [bytes_of(piece[name].take(good)) for name in ("phash", "phash_mirror")]
+        asked = telling(both[0]) & ~np.isin(start + good, copies, assume_unique=True)
+        yield start + good[asked], both[0][asked], both[1][asked]
+
+
+def groups(rows: pa.Table, left: np.ndarray, right: np.ndarray, description: Dedup) -> pa.Table:
+    """The columns of schema.DUPLICATES but uid and error, for images that decode, sorted by uid, with the near pairs among them."""
     md5 = codes(rows["md5"])
     images, mirrors, colors = (bytes_of(rows[name]) for name in ("phash", "phash_mirror", "colorhash"))
     rank = ranks(rows)
-    del rows
-    labels, left, right = _same(md5, images, mirrors, colors, description, search)
+    labels, left, right = _same(md5, images, mirrors, colors, left, right, description)
 
     # Files of one label are the same picture to the bit, so the best of them stands for all.
     best = np.full(int(labels.max(initial=-1)) + 1, len(rank))
@@ -94,43 +110,35 @@ def find_duplicates(basics: pa.Table, description: Dedup = Dedup(), search: Sear
     chosen = at[best[stars(left, right, best)[labels]]] if len(rank) else at
 
     number, size = numbered(chosen)
-    grouped = size > 1
-    straight, flipped = np.zeros(len(rank), np.int64), np.zeros(len(rank), np.int64)
-    mine, theirs = np.flatnonzero(grouped), chosen[grouped]
-    straight[grouped] = hamming(images[mine], images[theirs])
-    flipped[grouped] = np.minimum(hamming(images[mine], mirrors[theirs]), hamming(mirrors[mine], images[theirs]))
+    alone = size == 1
+    straight = hamming(images, images[chosen])
+    flipped = np.minimum(hamming(images, mirrors[chosen]), hamming(mirrors, images[chosen]))
     columns = {
-        "group": (number, grouped),
-        "group_size": (size, None),
-        "kind": (np.where(~grouped, "unique", np.where(md5 == md5[chosen], "exact", "perceptual")), None),
-        "representative": (chosen == np.arange(len(rank)), None),
-        "distance": (np.minimum(straight, flipped), grouped),
-        "mirrored": (flipped < straight, grouped),
+        "group": pa.array(number, mask=alone),
+        "group_size": size,
+        "kind": np.where(alone, "unique", np.where(md5 == md5[chosen], "exact", "perceptual")),
+        "representative": chosen == np.arange(len(rank)),
+        "distance": pa.array(np.minimum(straight, flipped), mask=alone),
+        "mirrored": pa.array(flipped < straight, mask=alone),
     }
-    cells = [spread(values, good, known, DUPLICATES.field(name).type) for name, (values, known) in columns.items()]
-    return pa.Table.from_arrays([uids, *cells, errors], schema=DUPLICATES)
-
-
-def short(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """A text column with 32-bit offsets, in pieces that they reach."""
-    pieces = [column.slice(start, PIECE).cast(pa.string()) for start in range(0, len(column), PIECE)]
-    return pa.chunked_array([chunk for piece in pieces for chunk in piece.chunks], pa.string())
+    schema = pa.schema([DUPLICATES.field(name) for name in columns])
+    return pa.table(columns).cast(schema)
 
 
 def _same(
-    md5: np.ndarray, images: np.ndarray, mirrors: np.ndarray, colors: np.ndarray, description: Dedup, search: Search
+    md5: np.ndarray,
+    images: np.ndarray,
+    mirrors: np.ndarray,
+    colors: np.ndarray,
+    left: np.ndarray,
+    right: np.ndarray,
+    description: Dedup,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Labels (N,) of images that are equal by md5 or by all their hashes, and pairs (left, right) of labels that are near."""
+    """Labels (N,) of images that are equal by md5 or by all their hashes, and pairs (left, right) of labels whose colours agree."""
     says = np.flatnonzero(telling(images))
-    # The search needs one of the files with the same hashes, or ten thousand copies would be 50 million pairs.
     hashes = np.hstack([images, mirrors, colors])[says]
     code = codes(pa.FixedSizeBinaryArray.from_buffers(pa.binary(hashes.shape[1]), len(hashes), [None, pa.py_buffer(hashes)]))
-    one = says[_first(code)]
-    labels = join(len(md5), np.concatenate([np.arange(len(md5)), says]), np.concatenate([_first(md5)[md5], one[code]]))
-
-    entries = np.concatenate([images[one], mirrors[one]])  # a mirrored copy is one whose phash is near another's mirror
-    left, right = search(entries, description.phash_bits, len(one))
-    left, right = one[left % max(len(one), 1)], one[right % max(len(one), 1)]
+    labels = join(len(md5), np.concatenate([np.arange(len(md5)), says]), np.concatenate([_first(md5)[md5], says[_first(code)[code]]]))
     near = np.zeros(len(left), bool)
     for start in range(0, len(left), PIECE):
         piece = slice(start, start + PIECE)

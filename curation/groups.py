@@ -80,13 +80,3 @@ def numbered(chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     _, first, inverse = np.unique(chosen[grouped], return_index=True, return_inverse=True)
     number[grouped] = np.argsort(np.argsort(first))[inverse]
     return number, size
-
-
-def spread(values: np.ndarray, rows: np.ndarray, known: np.ndarray | None, kind: pa.DataType) -> pa.Array:
-    """Values of the rows where `rows` (N,) is true, as a column of N; null elsewhere, and where a value is not `known`."""
-    out = np.zeros(len(rows), values.dtype)
-    out[rows] = values
-    null = ~rows
-    if known is not None:
-        null[rows] |= ~known
-    return pa.array(out, mask=null).cast(kind)

@@ -5,6 +5,7 @@ A file of partitions has one row group per partition that has rows: a task reads
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,15 +14,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from curation.cells import Cells, places, read_vectors, units
-from curation.dedup import bytes_of
+from curation.dedup import Hashes, bytes_of
 from curation.groups import integers
-from curation.hamming import Plan, band_values, deal, in_order, search
+from curation.hamming import Plan, deal, in_order, parts_of, search
 from curation.semantic import Found, Semantic, merged, search_cells, visitors
 from curation.shards import read_fingerprint, write_row_groups, write_table
 
 PARTS = b"k2.partitions"
-CHUNK = 1 << 22  # hashes in one file
-ROW_BYTES = 150  # memory of a task per hash of its partition, measured
+CHUNK = 1 << 21  # images in one file of hashes, about
+ROW_BYTES = 150  # memory of a task per hash of its partition; measured before words were rows, not since
 COPIES = 6  # memory of a task per byte of its partition's vectors, measured
 WORDS = ("word0", "word1", "word2")
 
@@ -68,69 +69,90 @@ def done(path: Path, made_by: str) -> bool:
 
 @dataclass(frozen=True)
 class HashSearch:
-    """A search of hashes in `folder`/hashes/<chunk>.parquet."""
+    """A search of the phashes in `folder`/hashes/<chunk>.parquet, as `write_hashes` writes them; the rows are below `num_images`.
+
+    An entry is a hash: image `row` has the id `row`, its mirror the id num_images + row. The chunks of the mirrors are numbered on
+    from those of the images, so that ids rise.
+    """
 
     folder: Path
     plan: Plan
     num_chunks: int
     num_partitions: int
-    num_asked: int
+    num_images: int
     made_by: str
 
     def entries(self, step: int) -> list[Path]:
-        return [self.folder / "entries" / self.plan.steps[step].name / f"{chunk:06d}.parquet" for chunk in range(self.num_chunks)]
+        return [self.folder / "entries" / self.plan.steps[step].name / f"{chunk:06d}.parquet" for chunk in range(2 * self.num_chunks)]
 
     def pairs(self, item: Item) -> Path:
         return self.folder / "pairs" / f"{item.step:02d}-{item.number:06d}.parquet"
 
     def items(self) -> tuple[list[Item], list[Item]]:
         """The tasks of the two passes."""
-        chunks = [Item(chunk) for chunk in range(self.num_chunks)]
+        chunks = [Item(chunk) for chunk in range(2 * self.num_chunks)]
         return chunks, [Item(number, step) for step in range(len(self.plan.steps)) for number in range(self.num_partitions)]
 
     def run(self, item: Item) -> None:
         """Do one task, if it is not done."""
         self._cut(item.number) if item.step is None else self._search(item)
 
-    def _cut(self, chunk: int) -> None:
-        hashes = bytes_of(pq.read_table(self.folder / "hashes" / f"{chunk:06d}.parquet")["hash"])
-        ids, words = None, None
-        for i, step in enumerate(self.plan.steps):
-            path = self.entries(i)[chunk]
-            if done(path, self.made_by):
-                continue
-            if words is None:
-                words = deal(hashes, self.plan.sizes)
-                ids = np.arange(chunk * CHUNK, chunk * CHUNK + len(hashes))
-            partition = band_values(step, words).astype(np.int64) * self.num_partitions >> step.width
-            write_partitions(pa.table({"id": ids, **dict(zip(WORDS, words, strict=True))}), partition, path, self.made_by)
+    def _cut(self, number: int) -> None:
+        mirrors, chunk = divmod(number, self.num_chunks)
+        missing = [i for i in range(len(self.plan.steps)) if not done(self.entries(i)[number], self.made_by)]
+        if not missing:
+            return
+        table = pq.read_table(hashes_path(self.folder, chunk), columns=["row", "mirror" if mirrors else "image"])
+        ids, words = integers(table["row"]) + mirrors * self.num_images, deal(bytes_of(table[1]))
+        entries = pa.table({"id": ids, **{name: words[:, i] for i, name in enumerate(WORDS)}})
+        for i in missing:
+            partition = parts_of(self.plan, self.plan.steps[i], words, self.num_partitions)
+            write_partitions(entries, partition, self.entries(i)[number], self.made_by)
 
     def _search(self, item: Item) -> None:
         if done(self.pairs(item), self.made_by):
             return
         table = read_partition(self.entries(item.step), item.number)
-        ids, words = integers(table["id"]), [table[name].to_numpy() for name in WORDS]
+        ids, words = integers(table["id"]), np.stack([table[name].to_numpy() for name in WORDS], axis=1)
         del table
-        found = list(search(self.plan, self.plan.steps[item.step], words, ids, self.num_asked))
-        left, right = in_order(np.concatenate([np.empty((2, 0), np.int64), *found], axis=1))
+        found = list(search(self.plan, self.plan.steps[item.step], words, ids, self.num_images))
+        left, right = in_order(np.concatenate([np.empty((2, 0), np.int64), *found], axis=1) % max(self.num_images, 1))
         write_table(pa.table({"left": left, "right": right}), self.pairs(item), self.made_by)
 
     def result(self) -> tuple[np.ndarray, np.ndarray]:
-        """All pairs, as hamming.near_pairs gives them."""
+        """All pairs of images."""
         tables = pa.concat_tables(pq.read_table(self.pairs(item)).replace_schema_metadata(None) for item in self.items()[1])
-        return in_order(np.stack([integers(tables["left"]), integers(tables["right"])]))
+        return integers(tables["left"]), integers(tables["right"])
 
 
-def write_hashes(hashes: np.ndarray, folder: Path, made_by: str) -> int:
-    """Write uint8 (N, 18) hashes as `folder`/hashes/<chunk>.parquet; returns the number of chunks."""
-    starts = range(0, len(hashes), CHUNK)
-    for number, start in enumerate(starts):
-        path = folder / "hashes" / f"{number:06d}.parquet"
-        if not done(path, made_by):
-            piece = np.ascontiguousarray(hashes[start : start + CHUNK])
-            column = pa.FixedSizeBinaryArray.from_buffers(pa.binary(piece.shape[1]), len(piece), [None, pa.py_buffer(piece)])
-            write_table(pa.table({"hash": column}), path, made_by)
-    return len(starts)
+def hashes_path(folder: Path, chunk: int) -> Path:
+    return folder / "hashes" / f"{chunk:06d}.parquet"
+
+
+def write_hashes(hashes: Hashes, folder: Path, made_by: str) -> int:
+    """Write hashes as columns row, image and mirror of chunks; returns the number of chunks."""
+    num_chunks, held = 0, 0
+    pieces: list[pa.Table] = []
+
+    def write() -> None:
+        nonlocal num_chunks, held
+        if held and not done(hashes_path(folder, num_chunks), made_by):
+            write_table(pa.concat_tables(pieces), hashes_path(folder, num_chunks), made_by)
+        num_chunks, held = num_chunks + bool(held), 0
+        pieces.clear()
+
+    for rows, images, mirrors in hashes:
+        pieces.append(pa.table({"row": rows, "image": binary(images), "mirror": binary(mirrors)}))
+        held += len(rows)
+        if held >= CHUNK:
+            write()
+    write()
+    return num_chunks
+
+
+def binary(data: np.ndarray) -> pa.Array:
+    """uint8 (N, size) as a column of fixed-size binary."""
+    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(data.shape[1]), len(data), [None, pa.py_buffer(np.ascontiguousarray(data))])
 
 
 # --- near vectors ---
@@ -182,8 +204,7 @@ class VectorSearch:
         home, visits = places(units(vectors, self.cells.mean), self.cells, self.description.probes, self.description.reach)
         cell, at_home, row = visitors(home, visits)
         data = np.ascontiguousarray(vectors[row])
-        column = pa.FixedSizeBinaryArray.from_buffers(pa.binary(2 * data.shape[1]), len(data), [None, pa.py_buffer(data)])
-        return pa.table({"cell": cell, "at_home": at_home, "id": self.ids[number][row], "vector": column})
+        return pa.table({"cell": cell, "at_home": at_home, "id": self.ids[number][row], "vector": binary(data.view(np.uint8))})
 
     def found(self, table: pa.Table) -> Found:
         """What is found among entries of whole cells."""
@@ -194,12 +215,14 @@ class VectorSearch:
 
     def result(self) -> Found:
         """What all partitions found."""
-        parts = []
-        for item in self.items()[1]:
-            pairs, nearest = pq.read_table(self.pairs(item)), pq.read_table(self.nearest(item))
-            columns = (pairs["left"], pairs["right"], pairs["cosine"], nearest["id"], nearest["nearest"])
-            parts.append(Found(*(column.to_numpy() for column in columns)))
-        return merged(parts)
+
+        def parts() -> Iterator[Found]:
+            for item in self.items()[1]:
+                pairs, nearest = pq.read_table(self.pairs(item)), pq.read_table(self.nearest(item))
+                columns = (pairs["left"], pairs["right"], pairs["cosine"], nearest["id"], nearest["nearest"])
+                yield Found(*(column.to_numpy() for column in columns))
+
+        return merged(parts())
 
     def here(self) -> Found:
         """The same in one process's memory."""

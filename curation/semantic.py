@@ -4,7 +4,7 @@ Crops, mirrored copies and edits that move too many bits of a phash. A threshold
 carried over: the cosines of another tower mean something else (docs/log.md).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,13 +12,14 @@ import pyarrow as pa
 
 from curation.cells import SAMPLE, Cells, kmeans, num_cells, places, units
 from curation.dedup import bytes_of, hamming, telling
-from curation.groups import integers, numbered, spread, stars
+from curation.groups import integers, numbered, ranks, stars
 from curation.hamming import PHASH_BITS
 from curation.schema import SEMANTIC
 
 # Per tower, measured on planted 5 % crops and on all pairs of real images: the cosine, and the phash bits that confirm it. Half of
 # the bits of two unrelated images differ (72, give or take 6), so 48 is no evidence for a pair but strong evidence against chance.
 MEASURED = {"effnet": (0.80, 48)}
+ALONE = {"group": None, "group_size": 1, "representative": True, "cosine": None}
 TILE = 2048  # rows of a block of cosines
 LARGE = 16_384  # a cell with more images is cut again
 
@@ -73,6 +74,10 @@ class Found:
     ids: np.ndarray
     nearest: np.ndarray
 
+    def at(self, rows: np.ndarray) -> "Found":
+        """The same with the pairs as places in `rows` (R,), which rise and hold all of them."""
+        return replace(self, left=np.searchsorted(rows, self.left), right=np.searchsorted(rows, self.right))
+
 
 def near_vectors(ids: np.ndarray, vectors: np.ndarray, cells: Cells, description: Semantic) -> Iterator[Found]:
     """What `search_cells` finds among all of (N, dim) vectors, as the tower gives them; `ids` (N,) rises."""
@@ -126,34 +131,23 @@ def search_cell(ids: np.ndarray, vectors: np.ndarray, num_home: int, mean: np.nd
     return Found(ids[left], ids[right], cosine.astype(np.float32), ids, best)
 
 
-def merged(parts: list[Found]) -> Found:
+def merged(parts: Iterable[Found]) -> Found:
     """All parts as one: each pair once (left < right, sorted), each id once with its largest cosine."""
-    if not parts:
-        none = np.zeros(0, np.int64)
-        return Found(none, none, none.astype(np.float32), none, none.astype(np.float32))
-    left, right, cosine, ids, nearest = (
-        np.concatenate([getattr(part, name) for part in parts]) for name in ("left", "right", "cosine", "ids", "nearest")
-    )
-    left, right = np.minimum(left, right), np.maximum(left, right)
+    none = np.zeros(0, np.int64)
+    pairs, nearest = [(none, none, none.astype(np.float32))], np.full(0, -2, np.float32)
+    for part in parts:
+        pairs.append((np.minimum(part.left, part.right), np.maximum(part.left, part.right), part.cosine))
+        more = int(part.ids.max(initial=-1)) + 1 - len(nearest)
+        if more > 0:
+            nearest = np.append(nearest, np.full(more, -2, np.float32))
+        np.maximum.at(nearest, part.ids, part.nearest)
+    left, right, cosine = (np.concatenate(column) for column in zip(*pairs, strict=True))
     order = np.lexsort((-cosine, right, left))
     left, right, cosine = left[order], right[order], cosine[order]
     first = np.ones(len(left), bool)
     first[1:] = (left[1:] != left[:-1]) | (right[1:] != right[:-1])
-    unique, inverse = np.unique(ids, return_inverse=True)
-    best = np.full(len(unique), -1, np.float32)
-    np.maximum.at(best, inverse, nearest)
-    return Found(left[first], right[first], cosine[first], unique, best)
-
-
-def stand_ins(duplicates: pa.Table) -> np.ndarray:
-    """The row (N,) of schema.DUPLICATES that stands for each row: its group's representative, or itself."""
-    group = duplicates["group"].fill_null(-1).to_numpy()
-    first = duplicates["representative"].fill_null(False).to_numpy()
-    kept, stands = np.arange(len(group)), np.full(group.max(initial=-1) + 1, -1)
-    best = np.flatnonzero(first & (group >= 0))
-    stands[group[best]] = best
-    kept[group >= 0] = stands[group[group >= 0]]
-    return kept
+    ids = np.flatnonzero(nearest > -2)
+    return Found(left[first], right[first], cosine[first], ids, nearest[ids])
 
 
 def confirmed(found: Found, images: np.ndarray, mirrors: np.ndarray, description: Semantic) -> Found:
@@ -164,34 +158,27 @@ def confirmed(found: Found, images: np.ndarray, mirrors: np.ndarray, description
     return replace(found, left=left[near], right=right[near], cosine=found.cosine[near])
 
 
-def semantic_table(duplicates: pa.Table, known: np.ndarray, rank: np.ndarray, kept: np.ndarray, found: Found, tower: str) -> pa.Table:
-    """schema.SEMANTIC, one row per row of `duplicates`.
+def groups(rows: pa.Table, known: np.ndarray, kept: np.ndarray, found: Found, description: Semantic) -> tuple[Found, pa.Table]:
+    """The pairs that phashes confirm, and the columns of schema.SEMANTIC that are about groups, one row per row of `rows`.
 
     Args:
-        duplicates: schema.DUPLICATES, sorted by uid.
-        known: bool (N,), the rows that have a vector.
-        rank: (N,), see groups.ranks; no two are equal.
-        kept: (N,), the row that stands for each row in `duplicates`: only such rows are compared.
-        found: what the search found; its ids are rows.
+        rows: images that decode, as `basics` has them, sorted by uid.
+        known: bool (R,), the rows that have a vector.
+        kept: (R,), the place of the row that stands for each row among its duplicates: only such rows are compared.
+        found: pairs of places in `rows`.
     """
-    chosen = stars(found.left, found.right, rank)[kept]
+    found = confirmed(found, bytes_of(rows["phash"]), bytes_of(rows["phash_mirror"]), description)
+    chosen = stars(found.left, found.right, ranks(rows))[kept]
     chosen = np.where(known, chosen, np.arange(len(chosen)))
     number, size = numbered(chosen)
-    cosine, nearest = np.full(len(rank), np.nan), np.full(len(rank), np.nan)
+    cosine = np.full(len(chosen), np.nan)
     for one, other in ((found.left, found.right), (found.right, found.left)):
         to_it = chosen[one] == other
         cosine[one[to_it]] = found.cosine[to_it]
-    nearest[found.ids] = found.nearest
     columns = {
-        "group": (number, size > 1),
-        "group_size": (size, None),
-        "representative": (chosen == np.arange(len(chosen)), None),
-        "cosine": (cosine, ~np.isnan(cosine)),
-        "nearest": (nearest, nearest > -1),
+        "group": pa.array(number, mask=size == 1),
+        "group_size": size,
+        "representative": chosen == np.arange(len(chosen)),
+        "cosine": pa.array(cosine, mask=np.isnan(cosine)),
     }
-    cells = [
-        spread(values[known], known, None if sure is None else sure[known], SEMANTIC.field(name).type)
-        for name, (values, sure) in columns.items()
-    ]
-    towers = pa.array([tower] * len(rank), pa.string())
-    return pa.Table.from_arrays([duplicates["uid"], towers, *cells, duplicates["error"]], schema=SEMANTIC)
+    return found, pa.table(columns).cast(pa.schema([SEMANTIC.field(name) for name in columns]))

@@ -5,9 +5,10 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ordered_world import find_duplicates
 
 from curation import hamming as index
-from curation.dedup import COLUMNS, Dedup, bytes_of, color_values, find_duplicates, hamming
+from curation.dedup import COLUMNS, Dedup, bytes_of, color_values, hamming
 from curation.groups import ranks, stars
 from curation.hamming import PHASH_BITS, near_pairs
 from curation.schema import BASICS

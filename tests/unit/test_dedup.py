@@ -6,10 +6,11 @@ import json
 import numpy as np
 import pyarrow as pa
 import pytest
+from ordered_world import find_duplicates
 from PIL import Image
 from skimage import data
 
-from curation.dedup import Dedup, find_duplicates
+from curation.dedup import Dedup
 from curation.schema import BASICS, DUPLICATES
 from curation.shards import write_table
 from curation.stages.basics import facts

@@ -5,9 +5,10 @@ import pyarrow as pa
 import pytest
 
 from curation import semantic
-from curation.cells import Cells, draws, fit_cells, nearest, num_cells, places, units
+from curation.cells import Cells, draws, fit_cells, nearest, num_cells, places, sample_rows, units
 from curation.concepts import Concepts, check_levels, fit_tree, leaves, paths, weights
-from curation.semantic import Semantic, description_for, merged, near_vectors, semantic_table
+from curation.ordered import COLUMNS, ORDERED
+from curation.semantic import Semantic, description_for, merged, near_vectors
 
 COSINE = 0.9
 
@@ -86,17 +87,36 @@ def test_a_tower_without_a_measured_threshold_needs_one():
         description_for("effnet", 1.5)
 
 
-def test_the_table_keeps_the_best_of_a_group_and_counts_its_duplicates():
-    uids = ["a", "b", "c", "d", "e"]
-    duplicates = pa.table({"uid": uids, "error": pa.array([None, None, None, None, "broken"], pa.string())})
-    known = np.array([True, True, True, True, False])
-    found = semantic.Found(np.array([0]), np.array([2]), np.array([0.95], np.float32), np.array([0, 2, 3]), np.array([0.95, 0.95, 0.1]))
-    kept = np.array([0, 0, 2, 3, 4])  # b is a duplicate of a
-    rows = semantic_table(duplicates, known, np.array([1, 2, 0, 3, 4]), kept, found, "made").to_pylist()
-    assert [row["representative"] for row in rows] == [False, False, True, True, None]
-    assert [row["group"] for row in rows] == [0, 0, 0, None, None]
-    assert [row["cosine"] is None for row in rows] == [False, True, True, True, True]
-    assert rows[3]["nearest"] == pytest.approx(0.1) and rows[1]["nearest"] is None and rows[4]["error"] == "broken"
+def test_a_group_keeps_its_best_counts_its_duplicates_and_takes_no_pair_that_the_phashes_refuse():
+    rng = np.random.default_rng(0)
+    hashes = [rng.permutation(np.arange(144) % 2) for _ in range(3)]
+    packed = [np.packbits(hashes[i]).tobytes() for i in (0, 0, 0, 1)]
+    rows = [
+        {"uid": uid, "bytes": 1, "md5": uid, "width": width, "height": 300, "format": "JPEG", "jpeg_quality": 90, "phash": packed[i]}
+        | {"phash_mirror": np.packbits(hashes[2]).tobytes(), "colorhash": bytes(6)}
+        for i, (uid, width) in enumerate(zip("abcd", (300, 200, 400, 500), strict=True))
+    ]
+    table = pa.Table.from_pylist(rows, schema=pa.schema([ORDERED.field(name) for name in COLUMNS]))
+    found = semantic.Found(np.array([0, 0]), np.array([2, 3]), np.array([0.95, 0.95], np.float32), np.zeros(0, int), np.zeros(0))
+    kept = np.array([0, 0, 2, 3])  # b is a duplicate of a
+    found, groups = semantic.groups(table, np.ones(4, bool), kept, found, Semantic("made", COSINE, 48))
+    assert found.right.tolist() == [2], "a and d have nothing in common but the vector"
+    assert groups["representative"].to_pylist() == [False, False, True, True]
+    assert groups["group"].to_pylist() == [0, 0, 0, None] and groups["group_size"].to_pylist() == [3, 3, 3, 1]
+    assert [value is None for value in groups["cosine"].to_pylist()] == [False, True, True, True]
+    unknown = semantic.groups(table, np.array([False, True, True, True]), np.arange(4), found, Semantic("made", COSINE))[1]
+    assert unknown["group"].to_pylist() == [None] * 4, "an image without a vector is in no group"
+
+
+def test_merged_parts_have_each_pair_once_and_of_each_image_the_nearest():
+    parts = [
+        semantic.Found(np.array([5, 1]), np.array([2, 2]), np.array([0.9, 0.8]), np.array([1, 2, 5]), np.array([0.8, 0.9, 0.9])),
+        semantic.Found(np.array([2]), np.array([5]), np.array([0.95]), np.array([2, 5, 7]), np.array([0.95, 0.95, -1])),
+    ]
+    found = merged(parts)
+    assert found.left.tolist() == [1, 2] and found.right.tolist() == [2, 5] and found.cosine.tolist() == [0.8, 0.95]
+    assert found.ids.tolist() == [1, 2, 5, 7] and found.nearest.tolist() == pytest.approx([0.8, 0.95, 0.95, -1])
+    assert len(merged([]).left) == len(merged([]).ids) == 0
 
 
 # --- concepts ---
@@ -134,6 +154,11 @@ def test_a_balanced_subset_is_drawn_by_uid_alone():
     weight = np.where(np.arange(4000) < 3000, 0.5, 2.5)
     kept = draw < 0.2 * weight
     assert kept[:3000].mean() == pytest.approx(0.1, abs=0.02) and kept[3000:].mean() == pytest.approx(0.5, abs=0.05)
+
+
+def test_the_sample_is_the_smallest_draws_of_those_that_may_be_drawn_smallest_first():
+    draw, among = np.array([0.5, 0.1, 0.3, 0.1, 0.2, 0.9]), np.array([1, 1, 0, 1, 1, 1], bool)
+    assert [sample_rows(draw, among, count).tolist() for count in (0, 1, 3, 9)] == [[], [1], [1, 3, 4], [1, 3, 4, 0, 5]]
 
 
 def test_levels_must_fall_and_fit():
