@@ -4,9 +4,9 @@
 
 The head is linear discriminant analysis with a covariance that is shrunk towards its diagonal (Friedman 1989; the same as ridge
 regression on the labels): it is solved from sums over images, so that leaving a group out is a subtraction and not another fit. On
-our images it is as good as a logistic regression (docs/log.md). Standardisation is folded into `weight` and `bias`. `slope` and `intercept` are Platt's scaling (Platt 1999),
-fitted on scores of images whose own generator or source was left out: in-fold scores are over-confident. All fits weigh the two
-classes equally, so the log odds are those at a prior of one half; at another prior add its log odds.
+our images it is as good as a logistic regression (docs/log.md). Standardisation is folded into `weight` and `bias`. `slope` and
+`intercept` are Platt's scaling (Platt 1999), fitted on scores of images whose own generator or source was left out: in-fold scores are
+over-confident. All fits weigh the two classes equally, so the log odds are those at a prior of one half; at another prior add its.
 
 An image may be seen in several views (whole, in crops): a head is fitted on all of them, and an image with many counts no more than one
 with few. Within a class a group counts by the square root of its size: a source of a million images must not be all that a head
