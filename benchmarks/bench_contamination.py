@@ -11,7 +11,6 @@ judged, not traces in pixels. DIR is a folder with a MANIFEST.tsv. Appends one J
 draws docs/images/contamination.svg.
 """
 
-import functools
 import itertools
 import json
 import sys
@@ -23,6 +22,7 @@ import numpy as np
 import torch
 import tyro
 from matplotlib.figure import Figure
+from nano_flow import sample, train
 from PIL import Image
 from scipy.spatial.distance import cdist
 from sklearn.linear_model import LinearRegression
@@ -35,25 +35,16 @@ from curation.detector import SEMANTICS, Detector
 from curation.fitted import check_identity, find
 from curation.shards import file_hash
 from curation.towers import EffNet, loaded
-from k2model import flow, optim
-from k2model.dit import Config, DiT
 from k2model.vae import PcaCodec, fit_pca
 from pipelines.run_folder import commit, versions
 
 ROOT = Path(__file__).parents[1]
-SIDE, LATENT = 64, (16, 8, 8)
-MODEL = Config(
-    width=64, num_blocks=3, num_heads=2, num_kv_heads=2, text_dim=16, text_taps=1, text_heads=1, num_fusion_blocks=0, time_dim=64
-)
-MU = flow.resolution_mu(LATENT[1] * LATENT[2] // MODEL.patch**2)
-NUM_TRAIN, BATCH, LR = 200, 32, 3e-3
+SIDE, NUM_TRAIN = 64, 200
 ARMS = {"0 %": 0.0, "1 %": 0.01, "5 %": 0.05, "20 %": 0.2, "100 %": 1.0, "other": 0.2}  # share of the training images that is replaced
 LEFT_OUT = (  # one subject, prompt or scene over and over (easy for another reason), GANs, images guided by CLIP, stars on black
     *("ALAE (StyleGAN-like)", "SD 1.5 (artist styles)", "SDXL (Fooocus)", "BigGAN+CLIP (big-sleep)", "SIREN+CLIP (deep-daze)"),
     *("VQGAN+CLIP", "Stellarium nebula photographs", "CamVid (video frames)"),
 )
-TIMES = (0.2, 0.4, 0.6, 0.8)  # at which held-out images are denoised
-NUM_EULER = 20
 STRENGTH = 1e-3  # sklearn's C of the head, the middle of probe.STRENGTHS
 COMPONENTS = 32
 MEASURES = {  # name -> what the report calls it; each rises towards generated images
@@ -115,45 +106,6 @@ def mixed(sets: Sets, arm: str, seed: int) -> Tensor:
     latents = sets.real.clone()
     latents[:, places] = sets.other if arm == "other" else sets.generated[:, chosen]
     return latents
-
-
-def velocity(model: DiT, x: Tensor, t: Tensor) -> Tensor:
-    """Without text: one token of zeros, which the model makes a constant of."""
-    return model(x, t, torch.zeros(len(x), 1, MODEL.text_taps, MODEL.text_dim))
-
-
-def train(latents: Tensor, sets: Sets, seed: int, steps: int) -> tuple[DiT, dict[int, np.ndarray]]:
-    """A trained model, and after an eighth of the steps, a quarter, a half and all of them the losses of held-out images."""
-    torch.manual_seed(seed)
-    model = DiT(MODEL)
-    optimizer = optim.adamw(model, LR, weight_decay=0.01)
-    order, curve = np.random.default_rng([seed, 1]), {}
-    for step in range(steps):
-        places = order.choice(NUM_TRAIN, BATCH, replace=False)
-        draw = flow.draw(seed, step, [str(i) for i in places], LATENT, MU)
-        clean = latents[(draw.drop < 0.5).long(), torch.from_numpy(places)]  # there is no caption to drop: the number mirrors
-        optimizer.zero_grad()
-        loss = flow.loss(velocity(model, flow.noisy(clean, draw.noise, draw.t), draw.t), clean, draw.noise)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = LR * optim.warmup_stable_decay(step, steps, 20, steps // 2)
-        optimizer.step()
-        if step + 1 in (steps // 8, steps // 4, steps // 2, steps):
-            curve[step + 1] = held_out_losses(model, sets)
-    return model, curve
-
-
-@torch.no_grad()
-def held_out_losses(model: DiT, sets: Sets) -> np.ndarray:
-    """(2, N): real and generated, the mean square error of each image's velocity at TIMES; the same noise for both and for all models."""
-    losses = torch.zeros(2, sets.held_real.shape[1])
-    for time_of in TIMES:
-        noise, _, _ = flow.draw(0, round(time_of * 10), [str(i) for i in range(losses.shape[1])], LATENT, MU)
-        t = torch.full((losses.shape[1],), time_of)
-        for row, clean in zip(losses, (sets.held_real[0], sets.held_generated[0]), strict=True):
-            row += (velocity(model, flow.noisy(clean, noise, t), t) - (noise - clean)).square().mean((1, 2, 3)) / len(TIMES)
-    return losses.numpy()
 
 
 def embedded(codec: PcaCodec, latents: Tensor) -> np.ndarray:
@@ -270,11 +222,10 @@ def main(images: str, model: str = "synthetic", seeds: int = 3, steps: int = 500
     print(json.dumps(by.card), file=sys.stderr)
     runs = []
     for seed, arm in itertools.product(range(seeds), ARMS):
-        net, curve = train(mixed(sets, arm, seed), sets, seed, steps)
-        noise = flow.draw(seed, -1, [str(i) for i in range(num_samples)], LATENT, MU).noise
-        made = flow.sample(functools.partial(velocity, net), None, noise, NUM_EULER, MU)
+        net, curve = train(mixed(sets, arm, seed), torch.stack([sets.held_real[0], sets.held_generated[0]]), seed, steps)
         real, generated = np.stack(list(curve.values())).mean(2).round(4).T.tolist()
-        run = {"arm": arm, "seed": seed} | judged(embedded(codec, made), by) | {"loss_real": real[-1], "loss_generated": generated[-1]}
+        run = {"arm": arm, "seed": seed} | judged(embedded(codec, sample(net, num_samples, seed)), by)
+        run |= {"loss_real": real[-1], "loss_generated": generated[-1]}
         run["equal_contrast"] = at_equal_contrast(curve[steps], sets)
         runs.append(run | {"curve": {"step": list(curve), "real": real, "generated": generated}})
         print(json.dumps(runs[-1] | {"cpu_seconds": round(time.process_time())}), file=sys.stderr)
