@@ -9,6 +9,7 @@ that they sample from. Shifts are shares of the way from 0 to 100 %: a model tha
 are centre squares reduced by area means and passed through the codec, samples and held-out images alike, so that content and style are
 judged, not traces in pixels. DIR is a folder with a MANIFEST.tsv. Appends one JSON line to benchmarks/results/contamination.jsonl and
 draws docs/images/contamination.svg.
+At the default --steps samples show colour, no form: about 10 CPU minutes; more wants hours or an accelerator.
 """
 
 import itertools
