@@ -52,7 +52,7 @@ def fit(
     """
     chosen, folder = branches_of([parse_tower(spec) for spec in towers]), out_dir(out)
     found = labelled.entries(images, manifest)
-    read = {name: tower for name, tower in chosen.items() if not scores or name != detector.PIXELS}
+    read = {name: tower for name, tower in chosen.items() if not scores or name != detector.PIXELS} or chosen
     data = labelled.read(images, found, read, device, seed, kept)
     given, heads = read_scores(scores, data.paths, chosen) if scores else ({}, {})
     rows = Rows(data.labels, data.vectors, given, heads)

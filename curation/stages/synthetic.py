@@ -78,6 +78,7 @@ class Synthetic:
             scores = detector.score(model, vectors, identities, words)
             nothing = [None] * len(batch)
             columns = {name: nothing if column is None else column for name, column in scores._asdict().items()}
-            return columns | {"declared": words}
+            columns["declared"] = words
+            return {name: columns[name] for name in SYNTHETIC.names[1:-1]}
 
         return compute

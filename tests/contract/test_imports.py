@@ -53,8 +53,9 @@ def test_imports_go_one_way():
 
 
 def test_each_heavy_library_has_its_own_file():
-    for library, home in (("ray", "pipelines/cluster.py"), ("open_clip", "curation/towers.py"), ("timm", "curation/towers.py")):
-        assert [str(path.relative_to(ROOT)) for path in FILES if library in roots(path)] == [home]
+    homes = {"ray": ["pipelines/cluster.py"], "open_clip": ["curation/towers.py"], "timm": ["curation/compact.py", "curation/towers.py"]}
+    for library, home in homes.items():
+        assert sorted(str(path.relative_to(ROOT)) for path in FILES if library in roots(path)) == home
 
 
 def test_torch_is_not_needed_to_read_choose_and_pack():

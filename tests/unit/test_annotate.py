@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from curation import annotate
+from curation import annotate, compact
 from curation.annotate import annotate_shard, annotation_path, infer
 from curation.decode import decode_for
 from curation.schema import ERROR, UID, column
@@ -148,6 +148,6 @@ def test_towers_in_another_process_write_the_same_bytes_from_small_arrays_alone(
 
     for shard in shards:
         annotate_shard(shard, stages, {Basics(): Basics().load("cpu")}, str(tmp_path / "two"), ask=ask)
-    assert sizes == [(20, pytest.approx(20 * (260 * 260 * 3 + 4 * Compact.dim), rel=0.01))]
+    assert sizes == [(20, pytest.approx(20 * 3 * (260**2 + compact.NUM_CROPS * compact.SIDE**2), rel=0.01))]
     one, two = ({p.relative_to(d): p.read_bytes() for p in d.rglob("*.parquet")} for d in (tmp_path / "one", tmp_path / "two"))
     assert len(one) == 4 and one == two

@@ -7,6 +7,7 @@ import pytest
 import skimage.data
 import torch
 
+from curation import compact
 from curation.decode import ImageBatch
 from curation.schema import embedding_schema
 from curation.shards import describe, fingerprint
@@ -117,5 +118,7 @@ def test_descriptions_are_cheap_picklable_and_named_by_their_weights():
     assert all(available(tower) for tower in OFFLINE)
 
 
-def test_embeddings_of_compact_have_no_tokens():
-    assert isinstance(found := loaded(Compact(), "cpu")(photographs[:1]), Embeddings) and found.tokens is None
+def test_the_tokens_of_compact_are_its_crops_and_their_mean_is_its_vector():
+    found = loaded(Compact(), "cpu")(photographs[:1])
+    assert isinstance(found, Embeddings) and found.tokens.shape == (1, compact.NUM_CROPS, compact.DIM)
+    np.testing.assert_allclose(found.tokens.mean(1), found.pooled, atol=1e-5)
