@@ -47,7 +47,7 @@ def main(images: Path, num: int = 64, rounds: int = 3) -> None:
 
     def whole() -> None:
         for i in range(len(pixels)):
-            stage(ImageBatch([""], [encoded[i]], [headers[i]], [pixels[i]], [views[i]]))
+            stage(ImageBatch([""], [encoded[i]], [pixels[i]], [headers[i]], views=[views[i]]))
 
     parts: dict[str, Callable[[], object]] = {
         "boxes": lambda: [compact.boxes(image) for image in pixels],
