@@ -40,7 +40,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def parse_tower(spec: str) -> Tower:
-    """ "effnet", "compact" or "siglip[:MODEL[:PRETRAINED]]" as a tower.
+    """ "effnet", "compact[:WEIGHTS]" or "siglip[:MODEL[:PRETRAINED]]" as a tower.
 
     Raises:
         ValueError: no such tower.
@@ -48,14 +48,18 @@ def parse_tower(spec: str) -> Tower:
     name, *rest = spec.split(":", 2)
     if name == "siglip":
         return Siglip(**dict(zip(("model", "pretrained"), rest, strict=False)))
-    if rest or name not in ("effnet", "compact"):
-        raise ValueError(f"no tower {spec!r}; choose effnet, compact or siglip[:MODEL[:PRETRAINED]]")
-    return EffNet() if name == "effnet" else Compact()
+    if name == "compact":
+        return Compact(spec.partition(":")[2] or None)
+    if rest or name != "effnet":
+        raise ValueError(f"no tower {spec!r}; choose effnet, compact[:WEIGHTS] or siglip[:MODEL[:PRETRAINED]]")
+    return EffNet()
 
 
 def tower_spec(tower: Tower) -> str:
     """The text from which `parse_tower` makes this tower."""
-    return f"siglip:{tower.model}:{tower.pretrained}" if isinstance(tower, Siglip) else tower.name
+    if isinstance(tower, Siglip):
+        return f"siglip:{tower.model}:{tower.pretrained}"
+    return f"compact:{tower.weights}" if isinstance(tower, Compact) and tower.weights else tower.name
 
 
 def check_identity(model: str, fitted_on: str, identity: str, verb: str) -> None:

@@ -136,12 +136,14 @@ def test_a_foreign_sae_needs_a_tower_by_hand(tmp_path):
         Artifacts(str(folder))
 
 
-@pytest.mark.parametrize("tower", [EffNet(), Compact(), Siglip(), Siglip("ViT-SO400M-16-SigLIP2-384", "/data/a.safetensors")])
+@pytest.mark.parametrize(
+    "tower", [EffNet(), Compact(), Compact("net/c:1.safetensors"), Siglip(), Siglip("ViT-SO400M-16-SigLIP2-384", "/data/a.safetensors")]
+)
 def test_a_tower_comes_back_from_its_spec(tower):
     assert fitted.parse_tower(fitted.tower_spec(tower)) == tower
 
 
 @pytest.mark.parametrize("spec", ["clip", "effnet:b0", ""])
 def test_unknown_towers_are_refused(spec):
-    with pytest.raises(ValueError, match="choose effnet, compact or siglip"):
+    with pytest.raises(ValueError, match=r"choose effnet, compact\[:WEIGHTS\] or siglip"):
         fitted.parse_tower(spec)
