@@ -211,11 +211,11 @@ def picture(results: Path = HERE / "results" / "dedup.jsonl", out: Path = HERE.p
     for dim in sorted({dim for dim, _ in newest}):
         points = sorted((images, line) for (d, images), line in newest.items() if d == dim)
         label = f"embeddings, {dim} values" if dim else "hashes (exact and perceptual)"
-        for axis, key in zip(axes, ("seconds", "peak_gb"), strict=True):
+        for axis, key in zip(axes, ("cpu_seconds", "peak_gb"), strict=True):
             axis.loglog([images for images, _ in points], [line[key] for _, line in points], "o-", label=label)
     span = np.array([1e4, 1e7])
     axes[0].loglog(span, span * 2e-5, "k:", lw=1, label="linear")
-    axes[0].set(xlabel="images", ylabel="seconds, one process", title="k2 dedup: time")
+    axes[0].set(xlabel="images", ylabel="CPU seconds, one process", title="k2 dedup: time")
     axes[1].set(xlabel="images", ylabel="GB", title="peak memory")
     axes[0].legend(frameon=False)
     for axis in axes:

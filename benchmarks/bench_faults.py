@@ -55,13 +55,13 @@ class Thumbnails:
 class Brightness:
     """Mean of the thumbnail: a stage that infers."""
 
-    tower: Thumbnails = Thumbnails()
+    towers: tuple[Thumbnails, ...] = (Thumbnails(),)
     reads: ClassVar[str] = "view"
     name: ClassVar[str] = "brightness"
     schema: ClassVar[pa.Schema] = pa.schema([UID, column("mean", pa.float32(), "mean, 0 to 255"), ERROR])
 
     def load(self, device: str) -> Any:
-        return lambda batch: {"mean": batch.cache[self.tower, "inputs"].mean((1, 2, 3), np.float64)}
+        return lambda batch: {"mean": batch.cache[self.towers[0], "inputs"].mean((1, 2, 3), np.float64)}
 
 
 stages = (Basics(), Brightness())
