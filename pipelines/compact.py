@@ -170,7 +170,7 @@ def head_of(path: Path) -> Head:
 
 
 def labelled(images: str, manifest: str | None) -> list[Entry]:
-    """The labelled images; a folder without real/ and synthetic/ in it holds real ones, a folder for each source.
+    """The labelled images; a folder without real/ and synthetic/ in it holds real ones, a folder for each source, or is one.
 
     Raises:
         ValueError: there are none.
@@ -180,4 +180,4 @@ def labelled(images: str, manifest: str | None) -> list[Entry]:
     found = sorted(path.relative_to(images) for path in Path(images).rglob("*") if path.suffix.lower() in SUFFIXES)
     if not found:
         raise ValueError(f"no images under {images}; give the folder that holds them, or --manifest TSV")
-    return [Entry(path.as_posix(), False, path.parts[0], "unknown") for path in found]
+    return [Entry(path.as_posix(), False, path.parts[0] if len(path.parts) > 1 else Path(images).name, "unknown") for path in found]

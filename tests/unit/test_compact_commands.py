@@ -9,6 +9,7 @@ from PIL import Image
 from curation import compact
 from curation.labelled import JUDGED
 from pipelines import synthetic
+from pipelines.compact import labelled
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +71,11 @@ def test_a_folder_of_real_images_and_pairs_is_enough(made, pictures, tmp_path):
     train = ["train", "--images", str(pictures / "real"), "--pairs", str(made[1]), "--out", str(tmp_path)]
     assert synthetic.main([*train, "--steps", "1"]) == 0
     assert json.loads((tmp_path / "compact.json").read_text())["data"]["num_synthetic"] == 0
+
+
+def test_a_folder_without_folders_is_one_source(pictures):
+    found = labelled(str(pictures / "real" / "real a"), None)
+    assert [(entry.path, entry.synthetic, entry.group) for entry in found] == [("0.png", False, "real a"), ("1.png", False, "real a")]
 
 
 def test_without_images_or_pairs_the_error_says_what_to_do(pictures, tmp_path, capsys):
