@@ -40,6 +40,7 @@ from k2model.vae import PcaCodec, fit_pca
 from pipelines.run_folder import commit, versions
 
 ROOT = Path(__file__).parents[1]
+TOWER = EffNet(depths=True)  # of the packaged detector
 SIDE, NUM_TRAIN = 64, 200
 ARMS = {"0 %": 0.0, "1 %": 0.01, "5 %": 0.05, "20 %": 0.2, "100 %": 1.0, "other": 0.2}  # share of the training images that is replaced
 LEFT_OUT = (  # one subject, prompt or scene over and over (easy for another reason), GANs, images guided by CLIP, stars on black
@@ -110,9 +111,9 @@ def mixed(sets: Sets, arm: str, seed: int) -> Tensor:
 
 
 def embedded(codec: PcaCodec, latents: Tensor) -> np.ndarray:
-    """(N, 1280) EfficientNet-Lite2 vectors of decoded latents, enlarged as the tower does."""
+    """(N, d) EfficientNet-Lite2 vectors, of all depths, of decoded latents, enlarged as the tower does."""
     pixels = ((codec.decode(latents) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-    return loaded(EffNet(), "cpu").pooled(EffNet().prepare(list(pixels)))
+    return loaded(TOWER, "cpu").pooled(TOWER.prepare(list(pixels)))
 
 
 class Judges(NamedTuple):
@@ -120,15 +121,15 @@ class Judges(NamedTuple):
 
     heads: dict[str, tuple[probe.Head, tuple[float, float]]]  # name -> (head, Platt's slope and intercept)
     mean: np.ndarray
-    basis: np.ndarray  # (COMPONENTS, 1280)
+    basis: np.ndarray  # (COMPONENTS, d)
     real: np.ndarray  # (N, COMPONENTS)
     generated: np.ndarray
     card: dict[str, dict[str, float]]  # head -> AUROC and mean log odds of held-out images (of this experiment's head: out of fold)
 
 
 def judges(real: np.ndarray, generated: np.ndarray, packaged: Detector) -> Judges:
-    """Fit on vectors (N, 1280) of the held-out images."""
-    check_identity(f"this detector ({SEMANTICS})", packaged.towers.get(SEMANTICS, "no tower"), EffNet().identity, "synthetic")
+    """Fit on vectors (N, d) of the held-out images."""
+    check_identity(f"this detector ({SEMANTICS})", packaged.towers.get(SEMANTICS, "no tower"), TOWER.identity, "synthetic")
     vectors = np.concatenate([real, generated])
     synthetic = np.arange(len(vectors)) >= len(real)
     labels = probe.Labels(synthetic, synthetic.astype(str), synthetic.astype(str))

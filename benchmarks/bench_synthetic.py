@@ -42,7 +42,7 @@ def main(images: Path, num: int = 64, rounds: int = 3) -> None:
             pixels.append(full)
             views.append(view)
             headers.append(header)
-    small, frozen, stage = loaded(Compact(), "cpu"), loaded(EffNet(), "cpu"), Synthetic().load("cpu")
+    small, frozen, stage = loaded(Compact(), "cpu"), loaded(EffNet(depths=True), "cpu"), Synthetic().load("cpu")
     strips = small.tower.prepare(pixels)
 
     def whole() -> None:

@@ -1,7 +1,7 @@
 """More labelled images than a folder of one's own has: from Debian packages (people made them) and from ComfyUI's templates (models did).
 
-    apt-get download PACKAGE ... && dpkg-deb -x PACKAGE.deb DEBIAN/PACKAGE          # those of SETS
-    pip download --no-deps comfyui-workflow-templates-media-{image,api,other,video} && unzip -d COMFYUI *.whl
+    apt-get download PACKAGE ... && dpkg-deb -x PACKAGE.deb DEBIAN/PACKAGE          # those of SETS; unzip openarena's *.pk3 beside them
+    pip download --no-deps comfyui-workflow-templates-media-{image,api,other,video,assets-01,assets-02} && unzip -d COMFYUI *.whl
     python benchmarks/package_images.py --debian-dir DEBIAN --comfyui-dir COMFYUI --manifest DIR/MANIFEST.tsv --work WORK
 
 Writes WORK/all.tsv: the manifest's rows and these, as `k2 synthetic fit --images / --manifest WORK/all.tsv` takes them. The packages are of
@@ -49,14 +49,42 @@ SETS = (  # package, parts of paths to take, to leave, kind, most images
     ("desktop-base", "wallpaper grub", "", "illustration", 10),
     ("pingus-data", "/textures", "", "illustration", 25),
     ("flightgear-data-ai", "Models", "normal", "render", 30),
+    ("lomiri-wallpapers-16.04", "/backgrounds", "", "photo", 15),
+    ("lomiri-wallpapers-20.04", "/backgrounds", "", "illustration", 4),
+    ("python3-skimage", "/skimage/data", "", "photo", 18),
+    ("palapeli-data", "/collection", "", "photo", 10),
+    ("extremetuxracer-data", "/env /terrains", "", "photo", 30),
+    ("naev-data", "/planet/exterior", "", "illustration", 40),
+    ("kstars-data", "/skycultures/western /textures", "", "illustration", 40),
+    ("warmux-data", "/map/", "mask", "illustration", 40),
+    ("supertux-data", "/background/", "", "illustration", 40),
+    ("ardentryst", "/Data", "", "illustration", 30),
+    ("flare-game", "/portraits /cutscenes", "", "art", 36),
+    ("freecol", "/foundingFathers", "", "art", 25),
+    ("freedroidrpg-data", "/graphics/backgrounds", "", "render", 20),
+    ("lincity-ng-data", "/images/tiles", "", "render", 20),
+    ("openarena-data", "/levelshots", "", "render", 22),
+    ("freeorion-data", "/art/hulls_design /art/planets /art/nebulae /art/icons/building /art/icons/monsters", "", "render", 60),
 )
 NOT_A_PICTURE = re.compile(
     "^3d_|to_model|_model2uv|hunyuan3d|rodin|tripo|meshy|llm|audio|elevenlabs|elevenLabs|speech|segment|depth_|sdpose|stitch|color_adjust|"
     "mask_oper|utility|remove_video_back|green_screen|topaz|svg|vector|hitpaw|wavespeed|interpolation|datatype|switch_node|anthropic|"
     "openai_chat|openrouter|bytedance_seed-1|sonilo|ace_step|stability_upscale|magnific|lotus|part-1|retopo|smart_topology|gemini-1|text_gen|"
-    "contact_sheet|dieline|logo|beeble|image_to_3d|vto|erase|expand|outpaint|inpaint|fill|replace_background|flshvsr"
+    "contact_sheet|dieline|logo|beeble|image_to_3d|vto|erase|expand|outpaint|inpaint|fill|replace_background|flshvsr|"
+    "bria_guided|sfx|mirelo|openrouter_(gpt|grok|kimi)|openai_gpt6|marigold|moge3|sam3d|seedvr2|increase_resolution|enhance|upscale|lip_?sync|"
+    "veed|to_svg|to_vector|background_removal|layer_separation|talking|voice|video_translate|multiangle|quiver|heygen_avatar"
 )
 FAMILIES = (  # the first that a template's name has, and the generator that it is
+    *(("krea3", "Krea-3"), ("flux3", "FLUX.3"), ("minimax|hailuo|fasth3", "MiniMax"), ("mai_image", "MAI-Image")),
+    *(
+        ("muse_image", "Muse Image"),
+        ("mage_flow", "Mage-Flow"),
+        ("fibo|bria", "Bria"),
+        ("moss_image", "MOSS-Image"),
+        ("ming_image", "Ming-Image"),
+        ("heygen", "HeyGen"),
+    ),
+    *(("hy_image|hunyuan", "Hunyuan"), ("pruna", "Pruna")),
     *(
         ("krea", "Krea-2 turbo"),
         ("nano_?banana|gemini|google", "Nano banana pro"),
@@ -71,8 +99,8 @@ FAMILIES = (  # the first that a template's name has, and the generator that it 
         ("flux", "FLUX.1"),
     ),
     *(("qwen", "Qwen-Image"), ("hidream", "HiDream"), ("z_image", "Z-Image"), ("wan", "Wan"), ("ltx", "LTX"), ("kling|king_o3", "Kling")),
-    *(("veo", "Veo"), ("seedream|seedance|bytedance", "Seed"), ("hunyuan", "Hunyuan"), ("ideogram", "Ideogram"), ("recraft", "Recraft")),
-    *(("luma", "Luma"), ("runway", "Runway"), ("grok", "Grok"), ("vidu", "Vidu"), ("pixverse", "PixVerse"), ("minimax|hailuo", "MiniMax")),
+    *(("veo", "Veo"), ("seedream|seedance|bytedance", "Seed"), ("ideogram", "Ideogram"), ("recraft", "Recraft")),
+    *(("luma", "Luma"), ("runway", "Runway"), ("grok", "Grok"), ("vidu", "Vidu"), ("pixverse", "PixVerse")),
     *(("happyhorse", "HappyHorse"), ("reve", "Reve"), ("longcat", "LongCat"), ("kandinsky", "Kandinsky"), ("omnigen", "OmniGen")),
     *(("capybara", "Capybara"), ("lumina|newbie|anima", "Lumina/anime"), ("default", "SD 1.x/2.x (ComfyUI)")),
 )

@@ -271,7 +271,8 @@ def _prepare_rows(
     errors, seen = list(source_errors), []
     values: dict[Stage, list[pa.Table]] = {stage: [] for stage in stages if not infers(stage)}
     inferring = [stage for stage in stages if infers(stage)]
-    towers = list(dict.fromkeys(tower for stage in inferring for tower in towers_of(stage)))
+    asked = dict.fromkeys(tower for stage in inferring for tower in towers_of(stage))
+    towers = [tower for tower in asked if getattr(tower, "within", None) not in asked]  # else its vector comes out of the other's pass
     preparing = [stage for stage in inferring if hasattr(stage, "prepare")]
     arrays: dict[Any, list[np.ndarray]] = {maker: [] for maker in (*towers, *preparing)}
     report.add("read", start)

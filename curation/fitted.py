@@ -40,7 +40,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def parse_tower(spec: str) -> Tower:
-    """ "effnet", "compact[:WEIGHTS]" or "siglip[:MODEL[:PRETRAINED]]" as a tower.
+    """ "effnet[:depths]", "compact[:WEIGHTS]" or "siglip[:MODEL[:PRETRAINED]]" as a tower.
 
     Raises:
         ValueError: no such tower.
@@ -50,16 +50,18 @@ def parse_tower(spec: str) -> Tower:
         return Siglip(**dict(zip(("model", "pretrained"), rest, strict=False)))
     if name == "compact":
         return Compact(spec.partition(":")[2] or None)
-    if rest or name != "effnet":
-        raise ValueError(f"no tower {spec!r}; choose effnet, compact[:WEIGHTS] or siglip[:MODEL[:PRETRAINED]]")
-    return EffNet()
+    if spec not in ("effnet", "effnet:depths"):
+        raise ValueError(f"no tower {spec!r}; choose effnet[:depths], compact[:WEIGHTS] or siglip[:MODEL[:PRETRAINED]]")
+    return EffNet(depths=bool(rest))
 
 
 def tower_spec(tower: Tower) -> str:
     """The text from which `parse_tower` makes this tower."""
     if isinstance(tower, Siglip):
         return f"siglip:{tower.model}:{tower.pretrained}"
-    return f"compact:{tower.weights}" if isinstance(tower, Compact) and tower.weights else tower.name
+    if isinstance(tower, EffNet):
+        return "effnet:depths" if tower.depths else "effnet"
+    return f"compact:{tower.weights}" if tower.weights else tower.name
 
 
 def check_identity(model: str, fitted_on: str, identity: str, verb: str) -> None:
@@ -69,7 +71,8 @@ def check_identity(model: str, fitted_on: str, identity: str, verb: str) -> None
         ValueError: the two differ.
     """
     if fitted_on != identity:
-        spec = ":".join(identity.split("/")[:2]) if identity.startswith("siglip/") else identity.split("/")[0]
+        name, variant = identity.split("/")[0], identity.split("/")[1]
+        spec = f"siglip:{variant}" if name == "siglip" else "effnet:depths" if "/depths/" in identity else name
         raise ValueError(
             f"{model} was fitted on {fitted_on}, got vectors of {identity}: they have nothing in common. "
             f"Fit one with `k2 {verb} fit --tower{'s' if verb == 'synthetic' else ''} {spec} ...`, or use the tower that it was fitted on."

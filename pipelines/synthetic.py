@@ -40,7 +40,7 @@ def fit(
 
     Args:
         images: Folder that the manifest's paths are relative to, or without a manifest one with real/<source>/ and synthetic/<generator>/.
-        towers: compact[:WEIGHTS], effnet or siglip[:MODEL[:PRETRAINED]]: one for pixels, one for semantics, or both.
+        towers: compact[:WEIGHTS], effnet[:depths] or siglip[:MODEL[:PRETRAINED]]: one for pixels, one for semantics, or both.
         out: Folder to write, or a bare name: a folder in curation/weights, which ships with the package.
         manifest: TSV with the columns path, label (real or synthetic), generator_or_source, kind. Other labels are left out.
         scores: .npz for a compact tower that was trained on these images, from `k2 synthetic train --folds`: path (N), views (V) and

@@ -74,7 +74,8 @@ def test_evidence_of_a_tower_that_is_left_out_is_null_and_the_file_still_speaks(
 def test_stages_of_one_tower_share_its_forward_pass(monkeypatch):
     passes, pooled = [], towers.Encoder.pooled
     monkeypatch.setattr(towers.Encoder, "pooled", lambda encoder, inputs: (passes.append(len(inputs)), pooled(encoder, inputs))[1])
-    images = batch()
+    images, deep = batch(), EffNet(depths=True)
+    images.cache[deep, "inputs"] = deep.prepare(images.views or images.images)  # as `annotate` does where a stage asks for it
     for stage in (Embedding(EffNet()), Synthetic(), Artifacts("sae-effnet"), Embedding(Compact())):
         stage.load("cpu")(images)
     assert passes == [4, 4], "one per tower"
@@ -102,11 +103,11 @@ def test_a_model_refuses_another_tower_and_says_how_to_fit_one(stage, model, ver
     with pytest.raises(ValueError) as error:
         stage(model, (tower,) if stage is Synthetic else tower)
     text = str(error.value)
-    assert EffNet().identity in text and tower.identity in text and f"k2 {verb} siglip:ViT-B-16-SigLIP2-256" in text
+    assert EffNet(depths=stage is Synthetic).identity in text and tower.identity in text and f"k2 {verb} siglip:ViT-B-16-SigLIP2-256" in text
 
 
 def test_a_detector_takes_one_tower_of_a_branch_and_at_least_one():
-    for wrong in ((), (EffNet(), EffNet())):
+    for wrong in ((), (EffNet(depths=True), EffNet(depths=True))):
         with pytest.raises(ValueError, match="takes one tower for pixels and one for semantics"):
             Synthetic(towers=wrong)
 
@@ -137,7 +138,15 @@ def test_a_foreign_sae_needs_a_tower_by_hand(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "tower", [EffNet(), Compact(), Compact("net/c:1.safetensors"), Siglip(), Siglip("ViT-SO400M-16-SigLIP2-384", "/data/a.safetensors")]
+    "tower",
+    [
+        EffNet(),
+        EffNet(depths=True),
+        Compact(),
+        Compact("net/c:1.safetensors"),
+        Siglip(),
+        Siglip("ViT-SO400M-16-SigLIP2-384", "/data/a.safetensors"),
+    ],
 )
 def test_a_tower_comes_back_from_its_spec(tower):
     assert fitted.parse_tower(fitted.tower_spec(tower)) == tower
@@ -145,5 +154,5 @@ def test_a_tower_comes_back_from_its_spec(tower):
 
 @pytest.mark.parametrize("spec", ["clip", "effnet:b0", ""])
 def test_unknown_towers_are_refused(spec):
-    with pytest.raises(ValueError, match=r"choose effnet, compact\[:WEIGHTS\] or siglip"):
+    with pytest.raises(ValueError, match=r"choose effnet\[:depths\], compact\[:WEIGHTS\] or siglip"):
         fitted.parse_tower(spec)

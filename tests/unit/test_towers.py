@@ -9,12 +9,13 @@ import torch
 
 from curation import compact
 from curation.decode import ImageBatch
+from curation.effnet import effnet_classifier, effnet_square
 from curation.schema import embedding_schema
 from curation.shards import describe, fingerprint
 from curation.stages.embedding import Embedding, to_bytes
-from curation.towers import Compact, EffNet, Embeddings, Siglip, available, effnet_classifier, effnet_square, embed, loaded
+from curation.towers import Compact, EffNet, Embeddings, Siglip, available, embed, loaded
 
-OFFLINE = [EffNet(), Compact()]
+OFFLINE = [EffNet(), EffNet(depths=True), Compact()]
 photographs = [skimage.data.chelsea(), skimage.data.coffee(), skimage.data.astronaut()]
 odd = [
     np.zeros((1, 1, 3), np.uint8),
@@ -112,7 +113,7 @@ def test_a_vector_too_large_for_float16_is_our_bug():
 
 def test_descriptions_are_cheap_picklable_and_named_by_their_weights():
     towers = [*OFFLINE, Siglip(), Siglip("ViT-B-16-SigLIP2-384")]
-    assert len({tower.identity for tower in towers}) == len({fingerprint(Embedding(tower)) for tower in towers}) == 4
+    assert len({tower.identity for tower in towers}) == len({fingerprint(Embedding(tower)) for tower in towers}) == 5
     assert all(pickle.loads(pickle.dumps(tower)) == tower for tower in towers)
     assert describe(Embedding(EffNet()))["tower"]["identity"] == "effnet/efficientnet_lite2/9656183eaeaf"
     assert all(available(tower) for tower in OFFLINE)
@@ -122,3 +123,17 @@ def test_the_tokens_of_compact_are_its_crops_and_their_mean_is_its_vector():
     found = loaded(Compact(), "cpu")(photographs[:1])
     assert isinstance(found, Embeddings) and found.tokens.shape == (1, compact.NUM_CROPS, compact.DIM)
     np.testing.assert_allclose(found.tokens.mean(1), found.pooled, atol=1e-5)
+
+
+def test_the_vector_of_all_depths_starts_with_the_plain_one_bit_for_bit():
+    plain, deep = (loaded(EffNet(depths=depths), "cpu")(photographs).pooled for depths in (False, True))
+    assert np.array_equal(deep[:, :1280], plain) and (deep[:, 1280:].std(0) > 0).mean() > 0.99
+
+
+def test_the_plain_vector_comes_out_of_the_deep_pass_where_there_is_one(monkeypatch):
+    alone = embed(batch_of(photographs), EffNet(), "cpu").pooled
+    batch, deep = batch_of(photographs), EffNet(depths=True)
+    batch.cache[deep, "inputs"] = deep.prepare(photographs)
+    batch.images.clear()  # nothing to prepare a second pass from
+    assert np.array_equal(embed(batch, EffNet(), "cpu").pooled, alone)
+    assert embed(batch, EffNet(), "cpu") is embed(batch, EffNet(), "cpu")
