@@ -145,8 +145,9 @@ class Trainee:
             tensor.copy_(tensors[f"tensor{i}"])
         self.silent.copy_(tensors["silent"])
         described = self.optimizer.state_dict()
-        names = ("step", "exp_avg", "exp_avg_sq")
-        described["state"] = {i: {name: tensors[f"{name}{i}"] for name in names} for i in range(len(self.tensors))} if numbers["steps"] else {}
+        if numbers["steps"]:
+            names = ("step", "exp_avg", "exp_avg_sq")
+            described["state"] = {i: {name: tensors[f"{name}{i}"] for name in names} for i in range(len(self.tensors))}
         self.optimizer.load_state_dict(described)
         self.floor, self.steps = numbers["floor"], numbers["steps"]
 
