@@ -9,6 +9,7 @@ With x = x' + e and w = w' + f (x', w' the rounded ones) the Cauchy-Schwarz ineq
 so nothing over the floor is ever left out. Elsewhere the dense product is computed tile by tile.
 """
 
+import warnings
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch import Tensor
 from curation.sae_parallel import gathered, total
 
 TILE = 1_500_000  # pre-activations at once: the tile stays in the cache between the product and the comparison
+warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta state", UserWarning)  # the tests hold what is used of it
 FLOAT32 = 1e-5  # relative error of a float32 product of vectors, generously
 
 

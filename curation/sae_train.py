@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from curation import sae_search
-from curation.sae_parallel import total
+from curation.sae_parallel import place, total
 from curation.sae_search import Codes
 from curation.sae_step import Weights, auxiliary, reconstruction
 
@@ -117,12 +117,14 @@ class Trainee:
         """
         settings, weights = self.settings, self.weights
         num_rows = int(total(torch.tensor(len(rows), device=rows.device)))
-        rows = rows[sae_search.by_range(rows)]
+        rank, world = place()
+        order = sae_search.by_range(rows)
+        rows, helps = rows[order], (rank + world * order) % AUX_ROWS == 0
         codes = self._codes(weights, rows)
         result = reconstruction(weights, rows, codes, settings.ends, num_rows)
         gradients, dead = result.gradients, self.dead.nonzero().squeeze(1)
         if len(dead) and settings.aux_weight:
-            gradients = self._with_auxiliary(weights, rows, result.error, gradients, dead)
+            gradients = self._with_auxiliary(weights, rows[helps], -result.error[helps], gradients, dead)
         gradients = Weights(*(total(gradient) for gradient in gradients))
         self._update(weights, gradients)
         fired = torch.zeros_like(self.silent, dtype=torch.int32)
@@ -161,9 +163,8 @@ class Trainee:
                 codes, self.floor = sae_search.batch_topk(shifted, weights.encoder, weights.bias, self.settings.k, floor)
         return codes
 
-    def _with_auxiliary(self, weights: Weights, rows: Tensor, error: Tensor, gradients: Weights, dead: Tensor) -> Weights:
-        """The gradients plus those of AuxK on some of the rows."""
-        rows, residual = rows[::AUX_ROWS], -error[::AUX_ROWS]
+    def _with_auxiliary(self, weights: Weights, rows: Tensor, residual: Tensor, gradients: Weights, dead: Tensor) -> Weights:
+        """The gradients plus those of AuxK on these rows."""
         power = total(residual.square().sum()).clamp_min(1e-12)
         encoder, bias, decoder, b_dec = auxiliary(weights, rows, residual, dead, power).gradients
         weight = self.settings.aux_weight

@@ -45,7 +45,7 @@ def test_training_explains_sparse_data_finds_its_features_and_fires_k_on_new_row
     rows, truth = sparse_rows(9_000)
     [(model, history)] = fit([training(**changes)], rows[:8500], torch.float16)
     new = torch.from_numpy(rows[8500:])
-    assert sae.explained_variance(model, new) > 0.75
+    assert sae.explained_variance(model, new) > 0.7
     assert float((sae.activations(model, new) > 0).sum(1).float().mean()) == pytest.approx(3, abs=0.4)
     assert found(model, truth) > 0.7
     assert history[-1]["unexplained"] < 0.5 * history[0]["unexplained"] and history[-1]["rows"] == 60_000
@@ -65,7 +65,7 @@ def test_the_first_features_of_a_matryoshka_sae_reconstruct_by_themselves():
 
 
 def test_decoder_rows_of_an_archetypal_sae_lie_near_the_hull_of_the_data_and_seeds_agree_more():
-    rows, truth = sparse_rows(6_000)
+    rows, _ = sparse_rows(6_000)
     seeds = {}
     for share in (None, 0.1):
         models = [model for model, _ in fit([training(archetypal=share, seed=seed) for seed in (0, 1)], rows)]
@@ -145,23 +145,24 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bytes(tmp_path, changes):
 
 def test_what_is_on_disk_gives_the_codes_that_training_saw(tmp_path):
     rows, _ = sparse_rows(9_000)
-    held_out, z = rows[-500:], None
+    held_out = rows[-500:]
     for changes in ({}, {"per_row": True}, {"whiten": 0.5}):
         settings, scale = training(num_rows=20_000, **changes), sae_scale.measure(rows[:-500], whiten=changes.get("whiten", 0.0))
         trainee = Trainee(settings, scale.normalised(rows[:-500]))
         for batch in scale.normalised(rows[:-500]).split(500):
             trainee.step(batch)
         sae.save(sae_fit.finish(trainee, scale, held_out, {"tower": "tower/1"}, torch.float32), tmp_path / "sae")
-        model, weights, z = sae.load(str(tmp_path / "sae")), trainee.weights, scale.normalised(held_out) - trainee.weights.b_dec
+        model, weights = sae.load(str(tmp_path / "sae")), trainee.weights
         find = sae_search.topk if settings.per_row else sae_search.batch_topk
-        codes, _ = find(z, weights.encoder, weights.bias, 3, None)
+        codes, _ = find(scale.normalised(held_out) - weights.b_dec, weights.encoder, weights.bias, 3, None)
         saw, reads = sae_search.csr(codes, 64).to_dense(), sae.activations(model, torch.from_numpy(held_out))
         both = (saw > 0) & (reads > 0)
         torch.testing.assert_close(reads[both], saw[both], atol=1e-3, rtol=1e-3)
-        differ = ((saw > 0) != (reads > 0)).sum() / (saw > 0).sum()
-        # A threshold per feature cannot be TopK's choice per row, but fires as often.
-        assert differ < (0.35 if settings.per_row else 0.01)
-        assert int((reads > 0).sum()) == pytest.approx(int((saw > 0).sum()), rel=0.01)
+        if settings.per_row:  # a threshold cannot choose per row; every feature fires as often
+            fires = (saw > 0).sum(0)
+            assert ((reads > 0).sum(0) - fires)[fires > 0].abs().max() <= 1
+        else:
+            assert ((saw > 0) != (reads > 0)).sum() <= 2, "but for ties at the cut, the same features fire"
 
 
 @pytest.mark.parametrize("aux_weight", [0.0, 1 / 32])
@@ -176,7 +177,7 @@ def test_dead_features_are_counted_in_rows_and_the_auxiliary_loss_brings_them_ba
             trainee.step(batch)
     assert counts[:5] == [0] * 5, "nothing is dead before 2,000 rows have passed"
     assert max(counts) >= 15
-    assert counts[-1] >= 18 if aux_weight == 0 else counts[-1] <= 10  # 64 features for 48 true ones: some have no work
+    assert counts[-1] >= 18 if aux_weight == 0 else counts[-1] <= 14  # 64 features for 48 true ones: some have no work
 
 
 def test_a_gradient_that_is_not_finite_stops_before_anything_changes():
@@ -192,26 +193,26 @@ def test_a_gradient_that_is_not_finite_stops_before_anything_changes():
 
 def of_one_process(rank: int, world: int, address: str, rows: np.ndarray, path: str) -> None:
     """Train as `rank` of `world` processes; the first writes the weights to `path`."""
-    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=world)
-    settings = [training(num_rows=15_000, dead_rows=1_000), training(num_rows=15_000, per_row=True, prefixes=MATRYOSHKA)]
+    if world > 1:
+        torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=world)
+    settings = [training(num_rows=5_000, dead_rows=400), training(num_rows=5_000, per_row=True, prefixes=MATRYOSHKA)]
     fitted = fit(settings, rows)
     if rank == 0:
+        assert fitted[0][1][-1]["dead"] > 0, "AuxK took part"
         torch.save([(model.w_enc, model.w_dec, model.threshold, history) for model, history in fitted], path)
-    torch.distributed.destroy_process_group()
+    if world > 1:
+        torch.distributed.destroy_process_group()
 
 
 def test_two_processes_train_what_one_does(tmp_path):
     rows, _ = sparse_rows(3_000)
-    results = []
-    for world in (1, 2):
-        path = str(tmp_path / f"{world}.pt")
-        where = (world, f"file://{tmp_path}/meet{world}", rows, path)
-        torch.multiprocessing.spawn(of_one_process, where, nprocs=world)
-        results.append(torch.load(path, weights_only=True))
-    for one, two in zip(*results, strict=True):
+    paths = [str(tmp_path / f"{world}.pt") for world in (1, 2)]
+    of_one_process(0, 1, "", rows, paths[0])
+    torch.multiprocessing.spawn(of_one_process, (2, f"file://{tmp_path}/meet", rows, paths[1]), nprocs=2)
+    for one, two in zip(*(torch.load(path, weights_only=True) for path in paths), strict=True):
         for mine, theirs in zip(one[:3], two[:3], strict=True):
-            torch.testing.assert_close(theirs, mine, atol=2e-3, rtol=2e-3)
-        assert all(math.isclose(a["unexplained"], b["unexplained"], rel_tol=1e-3) for a, b in zip(one[3], two[3], strict=True))
+            torch.testing.assert_close(theirs, mine, atol=1e-4, rtol=1e-3)
+        assert all(math.isclose(a["unexplained"], b["unexplained"], rel_tol=1e-5) for a, b in zip(one[3], two[3], strict=True))
 
 
 def test_the_learning_rate_rises_holds_and_falls_to_almost_nothing():
