@@ -5,7 +5,7 @@
     x'    = value @ W_dec + b_dec
 
 The files are SAELens' (`cfg.json`, `sae_weights.safetensors`, architecture "jumprelu"): `SAE.load_from_disk` reads ours, and
-`load` reads its JumpReLU SAEs. A feature's value depends on no other feature, so that a tag needs one column only.
+`load` reads its JumpReLU and standard (ReLU) SAEs. A feature's value depends on no other feature, so that a tag needs one column only.
 Normalisation of the input is folded into the weights: what is on disk takes the tower's vectors as they are.
 """
 
@@ -89,16 +89,20 @@ def codes(sae: Sae, vectors: np.ndarray, tower_identity: str, k: int = 32) -> li
 
 
 def fold_normalisation(sae: Sae, mean: Tensor, scale: Tensor, matrices: torch.dtype = torch.float32) -> Sae:
-    """An SAE on (x - mean) / scale as the same SAE on x, computed in float64; `scale` is a number or one per dimension (d,).
+    """An SAE on z, where x = mean + z @ scale, as the same SAE on x, computed in float64; `scale` is a number, one per dimension (d,), or
+    an invertible matrix (d, d).
 
     The matrices are rounded to the dtype that will hold them on disk *before* the bias is computed: a tower's mean is far
     longer than its deviations, and rounding errors times the mean would shift every feature.
     """
-    big = sae.to(torch.float64)
-    mean, scale = mean.double(), scale.double().broadcast_to(mean.shape)
-    w_enc, w_dec = ((m.to(matrices).double()) for m in (big.w_enc / scale[:, None], big.w_dec * scale))
-    folded = replace(big, w_enc=w_enc, b_enc=big.b_enc - mean @ w_enc, w_dec=w_dec, b_dec=big.b_dec * scale + mean)
-    return folded.to(sae.w_enc.dtype)
+    big, mean, scale = sae.to(torch.float64), mean.double(), scale.double()
+    if scale.ndim < 2:
+        scale = scale.broadcast_to(mean.shape)
+        w_enc, w_dec, b_dec = big.w_enc / scale[:, None], big.w_dec * scale, big.b_dec * scale
+    else:
+        w_enc, w_dec, b_dec = torch.linalg.solve(scale, big.w_enc), big.w_dec @ scale, big.b_dec @ scale
+    w_enc, w_dec = (matrix.to(matrices).double() for matrix in (w_enc, w_dec))
+    return replace(big, w_enc=w_enc, b_enc=big.b_enc - mean @ w_enc, w_dec=w_dec, b_dec=b_dec + mean).to(sae.w_enc.dtype)
 
 
 def explained_variance(sae: Sae, vectors: Tensor, k: int | None = None) -> float:
@@ -145,11 +149,15 @@ def load(model: str) -> Sae:
     """
     folder = find(model, INFO_FILE)
     config, weights = read_json(folder / INFO_FILE), load_file(folder / WEIGHTS_FILE)
-    if config.get("architecture") != "jumprelu" or config.get("normalize_activations", "none") != "none":
+    architecture, normalised = config.get("architecture"), config.get("normalize_activations", "none")
+    if architecture not in ("jumprelu", "standard") or normalised != "none":
         raise ValueError(
-            f"{folder}/{INFO_FILE}: architecture {config.get('architecture')!r} with normalize_activations "
-            f"{config.get('normalize_activations')!r}; only jumprelu with none is read here. Fold it with SAELens and save it again."
+            f"{folder}/{INFO_FILE}: architecture {architecture!r} with normalize_activations {normalised!r}; only jumprelu and standard "
+            "with none are read here. Fold it with SAELens and save it again; of a TopK SAE a feature's value depends on the others, so "
+            "that it first needs thresholds (SAELens saves a BatchTopK SAE as jumprelu)."
         )
+    if architecture == "standard":  # ReLU
+        weights.setdefault("threshold", torch.zeros_like(weights["b_enc"]))
     missing = set(TENSORS.values()) - set(weights)
     if missing:  # a threshold that silently becomes 0 would let every feature fire
         raise ValueError(f"{folder}/{WEIGHTS_FILE} holds {sorted(weights)}, without {sorted(missing)}")
