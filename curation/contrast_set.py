@@ -56,6 +56,7 @@ class ContrastSet(NamedTuple):
     vectors: np.ndarray  # (N, F, d) float32; NaN where a picture lacks a family
     tower: str  # its identity
     groups: np.ndarray  # (N,) str: where a picture comes from, "" when nobody said
+    seed: int  # of the changes, with which `changed` makes them again
 
 
 class Picture(NamedTuple):
@@ -134,7 +135,7 @@ def read(
     for index, family in enumerate(FAMILIES):
         if family.name in REAL_STYLES:
             vectors[kinds == family.name, index] = vectors[kinds == family.name, 0]
-    return ContrastSet(FAMILIES, [p.uid for p, _ in found], where, vectors, tower.identity, groups)
+    return ContrastSet(FAMILIES, [p.uid for p, _ in found], where, vectors, tower.identity, groups, seed)
 
 
 def sources_of(manifest: str) -> dict[str, tuple[str, str]]:
