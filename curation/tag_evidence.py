@@ -19,15 +19,17 @@ def evidence(
     stability: Mapping[int, float | None],
     concepts: np.ndarray,
     names: Mapping[int, list[dict[str, Any]]],
+    own: np.ndarray,
 ) -> dict[str, Any]:
     """The features of tags.json: text of the feature's number -> what was measured on `report`, which had no part in any choice.
 
-    `stability` is the correlation with the best match in other SAEs (None: there was none); `concepts` (R,) the cluster of each row.
+    `stability` is the correlation with the best match in other SAEs (None: there was none); `concepts` (R,) the cluster of each row;
+    `own` (m,) the SAE's thresholds.
     """
     clean, families, found = report.values[report.named("clean")], harmless(report), {}
     damages = kinds(report.families, "damage")
     for feature, tagged in selection.features.items():
-        cut, column = float(selection.cuts[feature]), report.values[:, feature]
+        cut, column = float(selection.cuts.at[feature]), report.values[:, feature]
         area = {name: _area(column[report.named(name, VISIBLE)], clean[:, feature]) for name in damages}
         areas = area | {name: _area(v[:, feature], clean[:, feature]) for name, v in families.items() if name != "clean"}
         hits = report.named(tagged[0], VISIBLE)
@@ -35,7 +37,7 @@ def evidence(
         gained, lost = int(discovery.gained[feature]), int(discovery.lost[feature])
         found[str(feature)] = {
             "tag": "+".join(tagged),
-            "threshold": round(cut, 6),
+            "threshold": float(f"{own[feature] + cut:.6g}"),
             "auroc": areas,
             "cliffs_delta": _delta(column[hits], clean[:, feature]),
             "recall": {name: _by_severity(report, name, column > cut) for name in damages},
@@ -80,7 +82,7 @@ def _selectivity(area: Mapping[str, float | None], areas: Mapping[str, float | N
 def together(selection: Selection, report: Values, rules: Rules) -> dict[str, Any]:
     """What all tags together do on `report`: per kind the AUROC of its set and the recall of any tag, per harmless family what goes."""
     every = list(selection.features)
-    holds = score(report.values, every, selection.cuts) > 1
+    holds = score(report.values, every, selection.cuts) > 0
     clean = report.values[report.named("clean")]
     damage = {}
     for name, chosen in selection.sets.items():
@@ -98,7 +100,7 @@ def together(selection: Selection, report: Values, rules: Rules) -> dict[str, An
         }
     removed = {}
     for name, values in harmless(report).items():
-        hit = score(values, every, selection.cuts) > 1
+        hit = score(values, every, selection.cuts) > 0
         removed[name] = {"num": len(hit), "removed": int(hit.sum()), "share": round(float(hit.mean()), 4), "upper": _removed(hit)[1]}
         removed[name]["provable"] = round(statistics.provable(len(hit), rules.budget), 4)
     worst = max(removed, key=lambda name: (removed[name]["share"], removed[name]["upper"]))
@@ -124,11 +126,10 @@ def stability_of(model: sae.Sae, others: Sequence[sae.Sae], contrast: ContrastSe
     """
     if not others or not features:
         return dict.fromkeys(features)
-    parts = ("estimate", "report")
-    ours = np.concatenate([feature_values(model, contrast, part).values[:, list(features)] for part in parts])
-    matches = [
-        statistics.matched(ours, np.concatenate([feature_values(other, contrast, part).values for part in parts])) for other in others
-    ]
+    held_out = contrast.vectors[contrast.part != "fit"]
+    rows = torch.from_numpy(held_out[~np.isnan(held_out[:, :, 0])])
+    ours = sae.activations(model, rows).numpy()[:, list(features)]
+    matches = [statistics.matched(ours, sae.activations(other, rows).numpy()) for other in others]
     return dict(zip(features, np.min(matches, axis=0).tolist(), strict=True))
 
 
@@ -149,7 +150,7 @@ def random_control(model: sae.Sae, contrast: ContrastSet, seed: int, rules: Rule
     rng = np.random.default_rng(seed)
     random = random_like(model, contrast.vectors[contrast.part == "fit", 0], rng)
     fit, estimate, report = (feature_values(random, contrast, part) for part in ("fit", "estimate", "report"))
-    selection = select(fit, estimate, random.threshold.numpy(), rng, rules)
+    selection = select(fit, estimate, rng, rules)
     measured = together(selection, report, rules)
     return {
         "num_tags": len(selection.features),

@@ -8,7 +8,10 @@ most `set_size` features. `report` takes no part in any choice.
 
 A budget is a claim, and a claim needs pictures: 0.5 % takes 598 per family in `estimate`. With fewer no picture of a family may lie above
 the threshold at all, and what that proves is said (`statistics.provable`). A set of tags removes what any of them removes, so that each
-threshold also stands `margin` times above the value that its own order statistic asks for.
+threshold also stands `margin` deviations above what its own order statistic asks for.
+
+Values here are a feature's input less its JumpReLU threshold: above zero it fires. Ranks below zero, which codes do not keep, tell how far
+a picture is from firing; every threshold of a tag is above zero, so that codes say the same of what is removed.
 """
 
 from collections.abc import Sequence
@@ -36,15 +39,15 @@ class Rules:
     selectivity: float = 0.05  # AUROC for the damage minus the largest for a style, on `estimate`
     recall: float = 0.04  # least share of visible damage above the threshold, on `estimate`
     reached: float = 0.5  # share of the sources in which it fires at all under the damage
-    margin: float = 1.15  # of a threshold above what the budget asks for
+    margin: float = 0.25  # standard deviations (of clean pictures) of a threshold above what the budget asks for
     set_size: int = 8  # features per kind of damage
     gain: float = 0.004  # least gain of AUROC that a further feature of a set must bring
 
 
 class Values(NamedTuple):
-    """Feature values of the pictures of one part: one row per picture and family that it has."""
+    """The features on the pictures of one part: one row per picture and family that it has."""
 
-    values: np.ndarray  # (R, m) float32
+    values: np.ndarray  # (R, m) float32: x W_enc + b_enc - threshold
     owner: np.ndarray  # (R,) number of the picture
     family: np.ndarray  # (R,) number of the family
     families: list[Family]
@@ -70,12 +73,12 @@ def kinds(families: Sequence[Family], role: str) -> list[str]:
 
 
 def feature_values(model: sae.Sae, contrast: ContrastSet, part: str) -> Values:
-    """The values of all features on one part of a contrast set."""
+    """All features on one part of a contrast set."""
     chosen = np.flatnonzero(contrast.part == part)
     vectors = contrast.vectors[chosen]
     owner, family = np.nonzero(~np.isnan(vectors[:, :, 0]))
     rows = torch.from_numpy(vectors[owner, family])
-    values = np.concatenate([sae.activations(model, piece).numpy() for piece in rows.split(4096)])
+    values = np.concatenate([(piece @ model.w_enc + (model.b_enc - model.threshold)).numpy() for piece in rows.split(4096)])
     return Values(values, owner, family, contrast.families, contrast.groups[chosen][owner])
 
 
@@ -113,21 +116,30 @@ def discover(fit: Values, damage: str, exchange: np.random.Generator | None = No
     return Discovery(gained, lost, false_discovery_control(p), dose)
 
 
-def score(values: np.ndarray, features: Sequence[int], cuts: np.ndarray) -> np.ndarray:
-    """(n, m) -> (n,): how far the strongest of a set of features stands above its threshold; above 1 the set removes."""
-    return (values[:, features] / cuts[features]).max(1) if len(features) else np.zeros(len(values), np.float32)
+def score(values: np.ndarray, features: Sequence[int], cuts: "Cuts") -> np.ndarray:
+    """(n, m) -> (n,): how many deviations the strongest of a set of features stands above its threshold; above 0 the set removes."""
+    chosen = list(features)
+    return ((values[:, chosen] - cuts.at[chosen]) / cuts.scale[chosen]).max(1) if chosen else np.full(len(values), -np.inf)
 
 
-def cuts_of(estimate: Values, own: np.ndarray, rules: Rules) -> np.ndarray:
-    """(m,) thresholds: what the budget asks for with its margin, and never below the feature's own JumpReLU threshold `own`."""
-    return np.maximum(statistics.thresholds(harmless(estimate), rules.budget) * rules.margin, np.maximum(own, 1e-6)).astype(np.float32)
+class Cuts(NamedTuple):
+    """Thresholds of all features, in the terms of `Values`."""
+
+    at: np.ndarray  # (m,), above 0
+    scale: np.ndarray  # (m,) standard deviation on clean pictures
+
+
+def cuts_of(estimate: Values, rules: Rules) -> Cuts:
+    """What the budget asks for, with its margin; never below the feature's own threshold."""
+    scale = np.maximum(estimate.values[estimate.named("clean")].std(0), 1e-6)
+    return Cuts(np.maximum(statistics.thresholds(harmless(estimate), rules.budget) + rules.margin * scale, 1e-6), scale)
 
 
 class Selection(NamedTuple):
     """Proposed sets and what was looked at on the way."""
 
     sets: dict[str, list[int]]  # kind of damage -> features
-    cuts: np.ndarray  # (m,)
+    cuts: Cuts
     discoveries: dict[str, Discovery]
     funnel: dict[str, dict[str, Any]]
 
@@ -141,9 +153,9 @@ class Selection(NamedTuple):
         return dict(sorted(found.items()))
 
 
-def select(fit: Values, estimate: Values, own: np.ndarray, rng: np.random.Generator, rules: Rules = Rules()) -> Selection:
-    """The protocol. `own` (m,) are the SAE's thresholds; `rng` draws the exchanged pairs of the null control."""
-    cuts, style = cuts_of(estimate, own, rules), worst_style(estimate)
+def select(fit: Values, estimate: Values, rng: np.random.Generator, rules: Rules = Rules()) -> Selection:
+    """The protocol. `rng` draws the exchanged pairs of the null control."""
+    cuts, style = cuts_of(estimate, rules), worst_style(estimate)
     clean, discoveries, sets, funnel = estimate.values[estimate.named("clean")], {}, {}, {}
     for kind in kinds(fit.families, "damage"):
         found = discoveries[kind] = discover(fit, kind)
@@ -152,7 +164,7 @@ def select(fit: Values, estimate: Values, own: np.ndarray, rng: np.random.Genera
         passed = found.found(rules)
         area = statistics.auroc(damaged[:, passed], clean[:, passed])
         selective = area - style[passed] >= rules.selectivity
-        recalled = (damaged[:, passed] > cuts[passed]).mean(0) >= rules.recall
+        recalled = (damaged[:, passed] > cuts.at[passed]).mean(0) >= rules.recall
         reached = [statistics.reach(damaged[:, f] > 0, estimate.groups[rows])["reached"] >= rules.reached for f in passed]
         left = passed[selective & recalled & np.array(reached, bool)]
         sets[kind] = greedy(damaged, clean, left, cuts, rules)
@@ -173,14 +185,14 @@ def worst_style(values: Values) -> np.ndarray:
     return np.max([np.full(clean.shape[1], 0.5), *(statistics.auroc(v, clean) for name, v in families.items() if name != "clean")], axis=0)
 
 
-def greedy(damaged: np.ndarray, clean: np.ndarray, candidates: np.ndarray, cuts: np.ndarray, rules: Rules) -> list[int]:
+def greedy(damaged: np.ndarray, clean: np.ndarray, candidates: np.ndarray, cuts: Cuts, rules: Rules) -> list[int]:
     """Features of a set, the best first: each adds most to the mean of AUROC and recall of what the set says (Efroymson's forward step)."""
     chosen: list[int] = []
-    best, strong, weak = 0.25, np.zeros(len(damaged), np.float32), np.zeros(len(clean), np.float32)
-    high, low = damaged[:, candidates] / cuts[candidates], clean[:, candidates] / cuts[candidates]
+    best, strong, weak = 0.25, np.full(len(damaged), -np.inf), np.full(len(clean), -np.inf)
+    high, low = ((rows[:, candidates] - cuts.at[candidates]) / cuts.scale[candidates] for rows in (damaged, clean))
     while len(chosen) < min(rules.set_size, len(candidates)):
         up, down = np.maximum(high, strong[:, None]), np.maximum(low, weak[:, None])
-        worth = (statistics.auroc(up, down) + (up > 1).mean(0)) / 2
+        worth = (statistics.auroc(up, down) + (up > 0).mean(0)) / 2
         at = int(worth.argmax())
         if worth[at] < best + rules.gain:
             break

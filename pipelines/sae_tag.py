@@ -63,10 +63,12 @@ def tag(
     only = contrast_set.sources_of(manifest) if manifest else None
     contrast = contrast_set.read(images, tower, only, device, seed, kept)
     fit, estimate, report = (feature_values(fitted, contrast, part) for part in tags.PARTS)
-    selection = select(fit, estimate, fitted.threshold.numpy(), np.random.default_rng(seed), rules)
+    selection, own = select(fit, estimate, np.random.default_rng(seed), rules), fitted.threshold.numpy()
     weights = file_hash(folder / sae.WEIGHTS_FILE)
     rows = [
-        tags.Tag(folder.name, feature, "+".join(names), "artifact", float(selection.cuts[feature]), "", tower.identity, weights)
+        tags.Tag(
+            folder.name, feature, "+".join(names), "artifact", float(own[feature] + selection.cuts.at[feature]), "", tower.identity, weights
+        )
         for feature, names in selection.features.items()
     ]
     named = names_by_text(fitted, tower, list(selection.features))
@@ -83,7 +85,7 @@ def tag(
         "weights": weights,
         "rules": asdict(rules),
         "pictures": {part: int((contrast.part == part).sum()) for part in tags.PARTS},
-        "features": evidence(selection, report, stability, concepts_of(contrast, "report", seed), named),
+        "features": evidence(selection, report, stability, concepts_of(contrast, "report", seed), named, own),
         "funnel": selection.funnel,
         "report": together(selection, report, rules),
         "random_sae": random_control(fitted, contrast, seed, rules),
@@ -145,7 +147,7 @@ def names_by_looking(
 
     found = {}
     for feature in selection.features:
-        values, cut = report.values[:, feature], float(selection.cuts[feature])
+        values, cut = report.values[:, feature], float(selection.cuts.at[feature])
         order = np.argsort(-values, kind="stable")
         above, below = order[values[order] > cut][:SHOWN], order[values[order] <= cut][:SHOWN]
         if min(len(above), len(below)) < SHOWN:
