@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.cluster.vq import kmeans2
+from sklearn.cluster import KMeans
 
 from curation import sae
 from curation import tag_statistics as statistics
@@ -114,7 +114,7 @@ def concepts_of(contrast: ContrastSet, part: str, seed: int) -> np.ndarray:
     clean = clean / np.maximum(np.linalg.norm(clean, axis=1, keepdims=True), 1e-12)
     centred = clean - clean.mean(0)
     num = min(50, max(2, len(clean) // 8))
-    label = kmeans2(centred, num, minit="++", seed=seed, iter=20, missing="warn")[1] if len(clean) > num else np.zeros(len(clean), int)
+    label = KMeans(num, n_init=4, random_state=seed).fit(centred).labels_ if len(clean) > num else np.zeros(len(clean), int)
     owner = np.nonzero(~np.isnan(contrast.vectors[chosen][:, :, 0]))[0]
     return label[owner]
 
