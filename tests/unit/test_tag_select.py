@@ -140,6 +140,7 @@ def test_an_sae_of_the_right_axes_is_tagged_and_matched_and_random_rows_are_the_
 def test_concepts_are_clusters_of_clean_pictures(contrast):
     apart = contrast.vectors.copy()
     apart[::2, :, 5] += 30
+    apart[1::2, :, 5] -= 30
     found = concepts_of(contrast._replace(vectors=apart), "report", 0)
     owner = tag_select.feature_values(
         Sae(torch.eye(12), torch.zeros(12), torch.eye(12), torch.zeros(12), torch.zeros(12), {}), contrast, "report"
