@@ -2,9 +2,9 @@
 
     python benchmarks/bench_artifacts.py --model sae-effnet --images DIR --manifest DIR/MANIFEST.tsv [--kept DIR] [--quality brisque]
 
-Per kind of damage (severities 3 to 5 against clean pictures) the AUROC of the SAE's tag set beside a linear probe and the difference of
-means on the same vectors, the best pixel column of the stage `defects`, and where the tower is a SigLIP-2 its text prompts; per style
-family what the tags remove. Then the argument of K2's report: a quality score (BRISQUE, from the package `brisque` 0.2.0: `pip install
+Per kind of damage (severities 3 to 5 against clean pictures) the AUROC of the SAE's tag set (and of the best set that need not spare any
+style, `discovered`) beside a linear probe and the difference of means on the same vectors, the best pixel column of the stage `defects`,
+and where the tower is a SigLIP-2 its text prompts; per style family what the tags remove. Then the argument of K2's report: a quality score (BRISQUE, from the package `brisque` 0.2.0: `pip install
 --no-deps brisque libsvm-official`; no weights of an aesthetic head can be had offline) removes how much of each style at the recall of
 damage that the tags have? Appends a JSON line to benchmarks/results/artifacts.jsonl and draws docs/images/artifacts_vs_aesthetic.png.
 """
@@ -31,7 +31,7 @@ from curation.decode import decode
 from curation.siglip_text import embed_texts
 from curation.stages import defects
 from curation.tag_evidence import random_control, together
-from curation.tag_select import VISIBLE, Rules, Values, feature_values, harmless, kinds, score, select
+from curation.tag_select import VISIBLE, Cuts, Rules, Selection, Values, feature_values, greedy, harmless, kinds, score, select
 from curation.towers import Siglip, available
 from pipelines.run_folder import commit, versions
 from pipelines.sae_tag import with_tower
@@ -87,7 +87,7 @@ def main(
     probes = linear(contrast)
     pixels = {part: Pixels(contrast, part, images, only, num_pixels) for part in ("estimate", "report")}
     columns = by_columns(pixels)
-    prompts = by_prompts(tower, contrast)
+    prompts, unbound = by_prompts(tower, contrast), without_budget(selection, estimate, report, rules)
     table = {}
     for name, row in ours["damage"].items():
         probe, means = probes[name]
@@ -95,6 +95,7 @@ def main(
             "sae": row["auroc"],
             "probe": probe,
             "means": means,
+            "discovered": unbound[name],
             "ratio": round(row["auroc"][0] / probe, 4),
             "pixels": columns.get(name),
             "prompts": prompts.get(name),
@@ -148,6 +149,19 @@ def linear(contrast: ContrastSet) -> dict[str, tuple[float, float]]:
         scores = ((probe.decision_function(v), v @ along) for v in (unseen, held_out))
         (probe_up, means_up), (probe_down, means_down) = scores
         found[name] = tuple(round(float(statistics.auroc(u, d)), 4) for u, d in ((probe_up, probe_down), (means_up, means_down)))
+    return found
+
+
+def without_budget(selection: Selection, estimate: Values, report: Values, rules: Rules) -> dict[str, float]:
+    """kind -> AUROC on `report` of the best set of discovered features, were there no styles to spare: what the SAE has to offer."""
+    clean, unseen = (part.values[part.named("clean")] for part in (estimate, report))
+    found: dict[str, float] = {}
+    free = Cuts(clean.mean(0), selection.cuts.scale)
+    for name, discovery in selection.discoveries.items():
+        chosen = greedy(estimate.values[estimate.named(name, VISIBLE)], clean, discovery.found(rules), free, rules)
+        damaged = report.values[report.named(name, VISIBLE)]
+        area = statistics.auroc(score(damaged, chosen, free), score(unseen, chosen, free)) if chosen else 0.5
+        found[name] = round(float(area), 4)
     return found
 
 
@@ -231,7 +245,7 @@ def brisque() -> Callable[[np.ndarray, int], float]:
 
 
 def against_quality(
-    report: Values, selection: Any, pixels: Pixels, measure: Callable[[np.ndarray, int], float], picture: Path | None
+    report: Values, selection: Selection, pixels: Pixels, measure: Callable[[np.ndarray, int], float], picture: Path | None
 ) -> dict[str, Any]:
     """At the tags' recall of visible damage (and at others): what the quality score and the tags remove of each style."""
     judged = pixels.measured(measure)
@@ -296,10 +310,11 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
 def lines(result: dict[str, Any]) -> str:
     """The result as text."""
-    found = [f"{'damage':<17}{'tags':>5}{'SAE':>8}{'probe':>8}{'ratio':>7}{'means':>8}{'pixels':>8}{'recall':>8}"]
+    found = [f"{'damage':<17}{'tags':>5}{'SAE':>8}{'all':>8}{'probe':>8}{'ratio':>7}{'means':>8}{'pixels':>8}{'recall':>8}"]
     for name, row in result["damage"].items():
         pixel = f"{row['pixels']['auroc']:>8.3f}" if row["pixels"] else f"{'-':>8}"
-        cells = f"{row['num_tags']:>5}{row['sae'][0]:>8.3f}{row['probe']:>8.3f}{row['ratio']:>7.2f}{row['means']:>8.3f}{pixel}"
+        cells = f"{row['num_tags']:>5}{row['sae'][0]:>8.3f}{row['discovered']:>8.3f}{row['probe']:>8.3f}"
+        cells += f"{row['ratio']:>7.2f}{row['means']:>8.3f}{pixel}"
         found.append(f"{name:<17}{cells}{row['recall']:>8.3f}" + ("" if row["seen"] else "   the tower hardly sees it"))
     found += [f"{n:<17}{r['removed']:>5} of {r['num']:<5} at most {r['upper']:.2%}" for n, r in result["removed"].items()]
     found.append(f"pictures {result['pictures']}, worst {result['worst_family']}, random SAE {result['random_sae']}")

@@ -36,7 +36,7 @@ class Rules:
     budget: float = 0.005  # share of each harmless family that may lie above the threshold
     false_discoveries: float = 0.01  # Benjamini-Hochberg, within each kind of damage
     dose: float = 0.1  # least Spearman correlation with the severity, on `fit`
-    selectivity: float = 0.05  # AUROC for the damage minus the largest for a style, on `estimate`
+    selectivity: float = 0.0  # AUROC for the damage minus the largest for a style, on `estimate`
     recall: float = 0.04  # least share of visible damage above the threshold, on `estimate`
     reached: float = 0.5  # share of the sources in which it fires at all under the damage
     margin: float = 0.25  # standard deviations (of clean pictures) of a threshold above what the budget asks for
