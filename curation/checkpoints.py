@@ -12,17 +12,17 @@ from safetensors import safe_open
 from curation.shards import file_hash
 
 
-def visual_weights(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """The entries `visual.*` of a checkpoint; nothing but tensors is unpickled."""
+def weights_under(path: Path, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """The entries of a checkpoint whose keys begin with `prefix` ("visual."); nothing but tensors is unpickled."""
     if path.suffix == ".safetensors":
         with safe_open(path, "pt") as file:
-            keys = [key for key in file.keys() if key.startswith("visual.")]  # noqa: SIM118 - not a dict
+            keys = [key for key in file.keys() if key.startswith(prefix)]  # noqa: SIM118 - not a dict
             yield from ((key, file.get_tensor(key)) for key in keys)
         return
     weights = torch.load(path, map_location="cpu", weights_only=True)
     weights = weights.get("state_dict", weights)
     named = ((key.removeprefix("module."), value) for key, value in weights.items())  # DistributedDataParallel's prefix
-    yield from ((key, value) for key, value in named if key.startswith("visual."))
+    yield from ((key, value) for key, value in named if key.startswith(prefix))
 
 
 def weights_hash(path: Path) -> str:

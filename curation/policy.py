@@ -2,7 +2,8 @@
 
 The SQL of a policy (`curation.rules`) sees one view per annotation of the run, and
 
-    tags           curation/weights/*.tags.csv: what SAE features mean (schema.TAGS)
+    tags           curation/weights/*.tags.csv: what SAE features mean (schema.TAGS), and `active`: somebody signed the row, and it is
+                   of the encoder and the SAE that the run's annotation `artifacts` was made with (`active_tags`)
     buckets        where an image would go at the policy's resolution: uid, the bucket and crop columns of schema.SELECTION, and
                    `scale`, the source pixels per trained pixel (below 1 the image would be enlarged)
     missing('x')   true when the run has no annotation x. A policy that asks this can do without x, which is then an empty view:
@@ -11,6 +12,7 @@ The SQL of a policy (`curation.rules`) sees one view per annotation of the run, 
 A policy may be a stranger's: DuckDB opens no file, loads nothing, and takes no settings from it.
 """
 
+import json
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -243,7 +245,7 @@ def opened(run_dir: str | Path, policy: Policy, tags_dir: Path = WEIGHTS) -> Ite
             # which all errors have one text (it asks the column's statistics). It reads no files for a policy, so that this is
             # also what lets us forbid it to open any.
             con.register(stage, pyarrow.dataset.dataset(paths, format="parquet"))
-        con.register("tags", read_tags(tags_dir))
+        con.register("tags", active_tags(run_dir, tags_dir))
         see(con, files, policy)
         yield con
 
@@ -304,6 +306,36 @@ def _explained(error: duckdb.Error, con: duckdb.DuckDBPyConnection, run_dir: Pat
     rows = con.sql(f"{listing} GROUP BY table_name ORDER BY table_name")
     views = "\n".join(f"  {name}: {columns}" for name, columns in rows.fetchall())
     return ValueError(f"policy {policy.name!r}: {error}\nThe views and their columns are\n{views}")
+
+
+def active_tags(run_dir: str | Path, tags_dir: Path = WEIGHTS) -> pa.Table:
+    """The tags with a column `active`: a reviewer is named, and tower and weights are those of the run's annotation `artifacts`.
+
+    Anything else is silent: a feature's number means nothing in another SAE, and a proposal is nobody's word.
+    """
+    tags, (tower, weights) = read_tags(tags_dir), annotated_with(run_dir)
+    names = (tags[name].to_pylist() for name in ("reviewers", "tower", "weights"))
+    active = [weights is not None and bool(who.strip(" ;")) and (t, w) == (tower, weights) for who, t, w in zip(*names, strict=True)]
+    return tags.append_column("active", pa.array(active, pa.bool_()))
+
+
+def annotated_with(run_dir: str | Path) -> tuple[str | None, str | None]:
+    """Encoder and weights of the SAE that made a run's annotation `artifacts`; (None, None) where there is none."""
+    path = Path(run_dir, "run.json")
+    stages = json.loads(path.read_text()).get("description", {}).get("stages", {}) if path.is_file() else {}
+    made = stages.get("artifacts", {}).get("description", {})
+    return made.get("tower", {}).get("identity"), made.get("weights")
+
+
+def silent_tags(run_dir: str | Path, tags_dir: Path = WEIGHTS) -> str | None:
+    """What to say of artifact tags that remove nothing from a run; None when all that are of its SAE are signed, or it has no SAE."""
+    tower, weights = annotated_with(run_dir)
+    rows = [tag for tag in active_tags(run_dir, tags_dir).to_pylist() if tag["verdict"] == "artifact" and not tag["active"]]
+    ours = [tag for tag in rows if (tag["tower"], tag["weights"]) == (tower, weights)]
+    if weights is None or not rows:
+        return None
+    text = f"{len(ours)} of its SAE that nobody signed (`k2 sae review`), {len(rows) - len(ours)} of another encoder or SAE"
+    return f"{len(rows)} artifact tags are inactive for {run_dir}: {text}"
 
 
 def read_tags(tags_dir: Path = WEIGHTS) -> pa.Table:

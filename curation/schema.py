@@ -283,11 +283,14 @@ TAGS = pa.schema(
     [
         column("model", pa.string(), "name of the SAE that the feature belongs to", nullable=False),
         column("feature", pa.int32(), "SAE feature", nullable=False),
-        column("tag", pa.string(), "what the feature shows", nullable=False),
+        column("tag", pa.string(), "what the feature shows; kinds of damage are joined by +", nullable=False),
         column("verdict", pa.string(), "artifact, style, content, mixed or unknown; only artifact may remove", nullable=False),
         column("threshold", pa.float32(), "value above which the tag holds", nullable=False),
+        column("reviewers", pa.string(), "who signed it, joined by ;  an empty one is a proposal and removes nothing", nullable=False),
+        column("tower", pa.string(), "identity of the encoder whose vectors the SAE reads", nullable=False),
+        column("weights", pa.string(), "hash of the SAE's weights, 12 hex digits", nullable=False),
     ]
-)  # curation/weights/*.tags.csv
+)  # curation/weights/*.tags.csv; a policy also sees `active`: signed, and of the encoder and SAE of the run's annotation artifacts
 
 SELECTION = pa.schema(
     [

@@ -30,7 +30,7 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from curation import compact
-from curation.checkpoints import effnet_path, visual_weights, weights_hash
+from curation.checkpoints import effnet_path, weights_hash, weights_under
 from curation.decode import ImageBatch
 from curation.effnet import EFFNET_CHANNELS, EFFNET_DIM, EFFNET_SIDE, effnet_classifier, effnet_square, fold_batch_norm
 
@@ -67,7 +67,7 @@ class Encoder:
     def pooled(self, inputs: np.ndarray) -> np.ndarray:
         """(N, dim) float32 of prepared inputs. The tokens stay where they were made: copying them costs more than making them."""
         if not len(inputs):
-            return _no_vectors(self.tower)
+            return np.zeros((0, self.tower.dim), np.float32)
         vectors = np.concatenate([pooled.cpu().numpy() for pooled, _ in self._outputs(inputs)])
         assert vectors.shape == (len(inputs), self.tower.dim) and np.isfinite(vectors).all(), f"bad vectors of shape {vectors.shape}"
         return vectors
@@ -84,7 +84,7 @@ class Encoder:
 
 @dataclass(frozen=True)
 class Siglip:
-    """A SigLIP-2 vision tower of open_clip (Tschannen et al. 2025, arXiv:2502.14786); the text tower is never built.
+    """A SigLIP-2 vision tower of open_clip (Tschannen et al. 2025, arXiv:2502.14786); its text tower is `curation.siglip_text`'s.
 
     Images are squashed to a square (bicubic), as in its training. `pooled` is the output of the attention pooling, equal to
     open_clip's `encode_image(normalize=False)`; `tokens` are the patch tokens after the last norm.
@@ -285,7 +285,7 @@ def loaded(tower: Tower, device: str) -> Encoder:
 def available(tower: Tower) -> bool:
     """Whether the tower's weights are on this disk."""
     if isinstance(tower, Siglip):
-        return _weights_path(tower) is not None
+        return weights_path(tower) is not None
     return (effnet_path() if isinstance(tower, EffNet) else tower.path).is_file()
 
 
@@ -305,12 +305,20 @@ def vision_tower(model: str) -> torch.nn.Module:
         )
 
 
+def text_tower(model: str, tokenizer: str | None = None) -> tuple[torch.nn.Module, Callable[[list[str]], torch.Tensor]]:
+    """open_clip's text tower of a SigLIP-2, on the meta device, and its tokenizer: from a folder, or from the cache on this disk."""
+    from open_clip.model import _build_text_tower
+    from open_clip.tokenizer import HFTokenizer
+
+    config = _siglip_configs()[model]
+    text, place = config["text_cfg"], tokenizer or config["text_cfg"]["hf_tokenizer_name"]
+    with torch.device("meta"):
+        module = _build_text_tower(config["embed_dim"], text)
+    return module, HFTokenizer(place, context_length=text["context_length"], local_files_only=True, **text["tokenizer_kwargs"])
+
+
 def _stack(squares: list[Image.Image], side: int) -> np.ndarray:
     return np.stack([np.asarray(square) for square in squares]) if squares else np.zeros((0, side, side, 3), np.uint8)
-
-
-def _no_vectors(tower: Tower) -> np.ndarray:
-    return np.zeros((0, tower.dim), np.float32)
 
 
 @functools.cache
@@ -328,7 +336,7 @@ def _local_weights(tower: Siglip) -> Path | None:
     return path if path.suffix or os.sep in tower.pretrained else None
 
 
-def _weights_path(tower: Siglip) -> Path | None:
+def weights_path(tower: Siglip) -> Path | None:
     """The weights on this disk, or None."""
     from huggingface_hub import constants, try_to_load_from_cache
 
@@ -348,7 +356,7 @@ def _weights_path(tower: Siglip) -> Path | None:
 
 def _fill(tower: torch.nn.Module, description: Siglip) -> None:
     """Fill the vision tower from a checkpoint of the whole open_clip model, of which only `visual.*` is kept."""
-    path = _weights_path(description)
+    path = weights_path(description)
     if path is None and _local_weights(description):
         raise ValueError(f"no weights file at {description.pretrained}")
     if path is None:
@@ -357,7 +365,7 @@ def _fill(tower: torch.nn.Module, description: Siglip) -> None:
             f"running. Fetch them once with `hf download timm/{description.model} {HUB_FILES[0]}`, or give pretrained=PATH of a file."
         )
     try:
-        weights = {key.removeprefix("visual."): value.float() for key, value in visual_weights(path)}
+        weights = {key.removeprefix("visual."): value.float() for key, value in weights_under(path, "visual.")}
         tower.load_state_dict(weights, strict=True, assign=True)
     except (RuntimeError, UnpicklingError, SafetensorError) as error:
         raise ValueError(

@@ -11,7 +11,7 @@ from typing import Any
 
 from curation.compare import compare as compared
 from curation.explain import explain as explained
-from curation.policy import select
+from curation.policy import select, silent_tags
 from curation.printable import one_line, printable
 from curation.rules import Policy
 from curation.shards import write_bytes, write_json
@@ -56,6 +56,8 @@ def filter(
     funnel = select(run, found, f"{run}/selection/{found.name}.parquet")
     write_json(funnel, f"{run}/selection/{found.name}.funnel.json")
     print(table(funnel), file=sys.stderr)
+    if re.search(r"\btags\b", found.sql) and (silent := silent_tags(run)):
+        print(printable(silent), file=sys.stderr)
     print(json.dumps({name: funnel[name] for name in ("policy", "resolution", "num_images", "num_errors", "num_kept")}))
     return 0
 

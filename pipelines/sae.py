@@ -13,19 +13,18 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from curation import sae, tags
-from curation.contrast import CONTROLS, DAMAGE, STYLES, view, window
+from curation import sae
+from curation.contrast import view
 from curation.decode import DecodeError, decode
-from curation.fitted import check_identity, find, out_dir, parse_tower, read_json, tower_spec
-from curation.labelled import read_manifest
+from curation.fitted import out_dir, parse_tower, read_json, tower_spec
 from curation.sae_fit import train
 from curation.sae_rows import Cursor, InMemory, row_groups, shuffled, survey
 from curation.sae_train import Training
-from curation.shards import file_hash, write_json
 from curation.sources import list_shards, read_samples
-from curation.tags import PARTS, Rules, part
+from curation.tags import PARTS, part
 from curation.towers import Tower, loaded
 from pipelines.cli import call
+from pipelines.sae_tag import tag, with_tower
 
 MOST = {"fit": 100_000, "estimate": 8192, "report": 65_536}  # rows of each part that are in memory: to start, to set thresholds, to measure
 
@@ -184,72 +183,12 @@ def evaluate(model: str, images: str, device: str = "cpu") -> int:
         images: Folder, tars or Parquet.
         device: cpu or cuda, for the tower.
     """
-    fitted, tower = _with_tower(model)
+    fitted, tower = with_tower(model)
     rows = vectors_of_images(images, tower, 1, device, 0, tokens=8 if fitted.metadata.get("vectors") == "tokens" else 0)
     k = int(fitted.metadata.get("training", {}).get("k", 32))
     figures = {name: measure(fitted, vectors, k) for name, vectors in rows.items() if len(vectors) > 1}
     print(json.dumps({"model": model, **figures}))
     return 0
-
-
-def tag(
-    model: str,
-    images: str,
-    manifest: str | None = None,
-    budget: float = 0.04,
-    recall: float = 0.2,
-    device: str = "cpu",
-    seed: int = 0,
-) -> int:
-    """Find the features that fire on damage and on nothing else, and write <model>.tags.csv beside the model's folder.
-
-    Args:
-        model: Packaged name (sae-effnet) or folder.
-        images: Folder, tars or Parquet.
-        manifest: TSV as for `k2 synthetic fit`, with paths relative to --images; only its real images are used then.
-        budget: Share of every clean or style family that a tag may remove, with 95 % confidence.
-        recall: Least share of one kind of damage that a tag must find.
-        device: cpu or cuda, for the tower.
-        seed: Of the damage.
-    """
-    fitted, tower = _with_tower(model)
-    folder = find(model, sae.INFO_FILE)
-    only = {row["path"] for row in read_manifest(manifest) if row["label"] == "real"} if manifest else None
-    rules = Rules(budget=budget, recall=recall)
-    # Encoding takes minutes; whether there are enough pictures is known from their bytes.
-    tags.check_number(sum(part(row["image"]) == "estimate" for row in read_rows(images, only)), budget)
-    values = contrast_values(fitted, tower, images, only, device, seed)
-    chosen, funnel = tags.select(values["fit"], values["estimate"], np.random.default_rng(seed), rules)
-    command = ["k2", "sae", "tag", "--model", model, "--images", images, *(["--manifest", manifest] if manifest else [])]
-    command += ["--budget", str(budget), "--recall", str(recall), "--seed", str(seed)]
-    evidence = {
-        "command": shlex.join(command),
-        "weights": file_hash(folder / sae.WEIGHTS_FILE),
-        "rules": asdict(rules),
-        "pictures": {name: len(part_values["clean"]) for name, part_values in values.items()},
-        "damage": funnel,
-        "tags": [{**asdict(t), "report": tags.report(values["report"], [t])["any_tag"]} for t in chosen],
-        "report": tags.report(values["report"], chosen),
-    }
-    tags.write_csv(chosen, folder.name, folder.parent / f"{folder.name}.tags.csv")
-    write_json(evidence, folder / "tags.json")
-    print(f"{'damage':<18}{'discovered':>11}{'best recall in estimate':>25}{'found in report by any tag':>28}")
-    for name, row in funnel.items():
-        print(f"{name:<18}{row['discovered']:>11}{row['best_recall']:>25.3f}{evidence['report']['any_tag'][name]['share']:>28.3f}")
-    for name in tags.harmless(values["report"]):
-        print(f"{name:<18}{'':>11}{'':>25}{evidence['report']['any_tag'][name]['share']:>28.3f}  (should be 0)")
-    print(json.dumps({"out": f"{folder}.tags.csv", "num_tags": len(chosen), "worst_harmless": evidence["report"]["worst_harmless"]}))
-    return 0
-
-
-def _with_tower(model: str) -> tuple[sae.Sae, Tower]:
-    """A fitted SAE and its tower, which must be the very one that it was fitted on."""
-    metadata = read_json(find(model, sae.INFO_FILE) / sae.INFO_FILE).get("metadata", {})
-    if "tower_spec" not in metadata:
-        raise ValueError(f"{model}: its {sae.INFO_FILE} names no tower (metadata.tower_spec)")
-    tower = parse_tower(metadata["tower_spec"])
-    check_identity(model, metadata["tower"], tower.identity, "sae")
-    return sae.load(model), tower
 
 
 def read_rows(source: str, only: set[str] | None = None) -> Iterator[dict[str, Any]]:
@@ -291,24 +230,6 @@ def _check(counts: dict[str, int]) -> None:
     """Refuse what is too little to learn from."""
     if min(counts.values()) < 2 or counts["fit"] < 16:
         raise ValueError(f"too few images: rows per part are {counts}; give more images (or, with --images, more --views)")
-
-
-def contrast_values(
-    fitted: sae.Sae, tower: Tower, source: str, only: set[str] | None, device: str, seed: int
-) -> dict[str, dict[str, np.ndarray]]:
-    """Feature values (n, m) of every picture as it is, damaged, restyled and merely handled: part -> family -> array."""
-    families = DAMAGE | STYLES | CONTROLS
-    encode = loaded(tower, device)
-    collected: dict[str, list[np.ndarray]] = {name: [] for name in PARTS}
-    for index, (image, name) in enumerate(read_images(source, only)):
-        rng, clean = np.random.default_rng([seed, index]), window(image)
-        vectors = encode([clean, *(change(clean, rng) for change in families.values())]).pooled
-        collected[name].append(sae.activations(fitted, torch.from_numpy(vectors)).numpy())
-    if not all(collected.values()):
-        counts = {name: len(pictures) for name, pictures in collected.items()}
-        raise ValueError(f"pictures per part are {counts}; every part needs some: give more images")
-    stacked = {name: np.stack(values, 1) for name, values in collected.items()}
-    return {name: dict(zip(("clean", *families), values, strict=True)) for name, values in stacked.items()}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

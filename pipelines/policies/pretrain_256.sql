@@ -16,7 +16,7 @@
 WITH artifact_tags AS (
   SELECT fired.uid, count(*) AS num_tags
   FROM (SELECT uid, unnest(codes, recursive := true) FROM artifacts) AS fired
-  JOIN tags ON tags.model = 'sae-effnet' AND tags.verdict = 'artifact' AND tags.feature = fired.feature AND fired.value > tags.threshold
+  JOIN tags ON tags.active AND tags.verdict = 'artifact' AND tags.feature = fired.feature AND fired.value > tags.threshold
   GROUP BY fired.uid
 )
 SELECT

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from safetensors import safe_open
+from scipy.stats import binomtest
 
 from curation import detector, fitted, sae, tags
 from curation.shards import file_hash
@@ -72,16 +73,24 @@ def test_an_sae_has_the_files_of_saelens(folder):
 
 
 @pytest.mark.parametrize("folder", SAES, ids=lambda path: path.name)
-def test_every_tag_belongs_to_the_weights_beside_it_and_kept_its_budget_where_it_was_measured(folder):
-    evidence = json.loads((folder / "tags.json").read_text())
+def test_every_tag_belongs_to_the_weights_beside_it_and_to_the_evidence(folder):
+    told = json.loads((folder / "tags.json").read_text())
     rows = tags.read_csv(folder.parent / f"{folder.name}.tags.csv")
-    assert evidence["weights"] == file_hash(folder / sae.WEIGHTS_FILE)
-    model = sae.load(folder.name)
-    assert [(row.feature, row.tag) for row in rows] == [(tag["feature"], tag["tag"]) for tag in evidence["tags"]]
+    model, weights = sae.load(folder.name), file_hash(folder / sae.WEIGHTS_FILE)
+    assert (told["weights"], told["tower"]) == (weights, model.metadata["tower"])
     for row in rows:
+        assert (row.model, row.weights, row.tower) == (folder.name, weights, model.metadata["tower"])
         assert row.threshold >= model.threshold[row.feature] * (1 - 1e-5), "a feature has no value between 0 and its own threshold"
-    budget = evidence["rules"]["budget"]
-    for tag in evidence["tags"]:
-        for family in tags.harmless(tag["report"]):
-            share = tag["report"][family]
-            assert share["interval"][0] <= budget, f"{tag['tag']} removes {share} of {family} on pictures that had no part in its choice"
+        if row.verdict == "artifact":
+            evidence = told["features"][str(row.feature)]
+            assert row.threshold == pytest.approx(evidence["threshold"], rel=1e-4) and row.tag == evidence["tag"]
+
+
+@pytest.mark.parametrize("folder", SAES, ids=lambda path: path.name)
+def test_no_style_family_refutes_the_budget_on_pictures_that_had_no_part_in_the_choice(folder):
+    told = json.loads((folder / "tags.json").read_text())
+    for feature, evidence in told["features"].items():
+        for family, (share, _) in evidence["removed"].items():
+            row = told["report"]["removed"][family]
+            low = binomtest(round(share * row["num"]), row["num"]).proportion_ci(0.95, "exact").low
+            assert low <= max(told["rules"]["budget"], row["provable"]), f"feature {feature} removes {share:.1%} of {family}"

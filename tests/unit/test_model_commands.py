@@ -13,7 +13,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from curation import canonical, detector, labelled, sae, tags
 from curation.schema import embedding_schema
-from curation.shards import describe, write_json, write_table
+from curation.shards import describe, file_hash, write_json, write_table
 from curation.stages.artifacts import Artifacts
 from curation.stages.embedding import Embedding
 from curation.towers import Compact
@@ -186,14 +186,19 @@ def test_an_sae_is_fitted_measured_and_tagged(pictures, tmp_path, capsys):
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert set(figures) == {"model", "fit", "estimate", "report"}
 
-    where = ["--images", str(pictures), "--manifest", str(pictures / "MANIFEST.tsv")]
-    assert sae_command.main(["tag", "--model", out, *where]) == 2
-    assert "cannot show a share of 4.0%; it takes 74" in capsys.readouterr().err
-    assert sae_command.main(["tag", "--model", out, *where, "--budget", "0.6"]) == 0
-    evidence = json.loads((tmp_path / "sae-here" / "tags.json").read_text())
-    assert sum(evidence["pictures"].values()) == NUM_GROUPS * PER_GROUP, "only the real images of the manifest"
+    where = ["--images", str(pictures), "--manifest", str(pictures / "MANIFEST.tsv"), "--kept", str(tmp_path / "kept")]
+    assert sae_command.main(["tag", "--model", out, *where, "--others", out]) == 0
+    told, said = json.loads((tmp_path / "sae-here" / "tags.json").read_text()), capsys.readouterr()
+    assert sum(told["pictures"].values()) == NUM_GROUPS * PER_GROUP, "only the real images of the manifest"
+    assert "prove a budget of" in said.err and "0.50%" in said.err, "so few pictures prove less than was asked"
     rows = tags.read_csv(tmp_path / "sae-here.tags.csv")
-    assert len(rows) == len(evidence["tags"]) == json.loads(capsys.readouterr().out.splitlines()[-1])["num_tags"]
+    assert len(rows) == len(told["features"]) == json.loads(said.out.splitlines()[-1])["num_tags"]
+    assert not any(row.signed for row in rows), "a proposal is nobody's word"
+    assert {(row.tower, row.weights) for row in rows} <= {(Compact().identity, file_hash(tmp_path / "sae-here" / sae.WEIGHTS_FILE))}
+    assert all(feature["stability"] == pytest.approx(1) for feature in told["features"].values()), "it is its own match"
+    before = (tmp_path / "sae-here" / "tags.json").read_bytes()
+    assert sae_command.main(["tag", "--model", out, *where, "--others", out]) == 0
+    assert (tmp_path / "sae-here" / "tags.json").read_bytes() == before
 
 
 def test_an_sae_is_fitted_on_the_vectors_of_a_run_and_not_on_another_towers(tmp_path, capsys):

@@ -10,11 +10,11 @@ import pytest
 from sqlglot import exp
 
 from curation.buckets import crop_box, nearest_bucket
-from curation.policy import WEIGHTS, Policy, Term, decide, read_tags, rules
+from curation.policy import WEIGHTS, Policy, Term, active_tags, decide, read_tags, rules, silent_tags
 from curation.policy import select as write_selection
 from curation.rules import functions, parse
 from curation.schema import ARTIFACTS, BASICS, DEFECTS, DUPLICATES, PROVENANCE, SELECTION, SYNTHETIC, TEXT_DENSITY
-from curation.shards import write_table
+from curation.shards import write_json, write_table
 from pipelines import cli
 from pipelines.filter import POLICIES, find, ours
 
@@ -73,9 +73,17 @@ def select(run: Path, policy: Policy, tags_dir: Path = WEIGHTS) -> tuple[pa.Tabl
     return pq.read_table(run / "selection.parquet"), funnel
 
 
+def annotated_by(run: Path, tower: str, weights: str) -> None:
+    """Say in run.json with which encoder and SAE the annotation artifacts was made, as `k2 annotate` does."""
+    description = {"class": "Artifacts", "weights": weights, "tower": {"class": "EffNet", "identity": tower}, "k": 32}
+    write_json({"description": {"stages": {"artifacts": {"description": description}}}}, run / "run.json")
+
+
 def tags_in(folder: Path, *lines: str) -> Path:
     folder.mkdir(exist_ok=True)
-    (folder / "sae-effnet.tags.csv").write_text("\n".join(["model,feature,tag,verdict,threshold,note", *lines]) + "\n")
+    (folder / "sae-effnet.tags.csv").write_text(
+        "\n".join(["model,feature,tag,verdict,threshold,reviewers,tower,weights,note", *lines]) + "\n"
+    )
     return folder
 
 
@@ -173,9 +181,13 @@ def test_each_rule_of_ours_removes_what_it_is_for_and_nothing_else_does(name, tm
         "edge": {"width": resolution, "height": resolution},
     }
     tags = tags_in(
-        tmp_path / "tags", "sae-effnet,7,jpeg blocks,artifact,1.5,seen", "sae-effnet,8,snow,style,0,", "sae-siglip,8,x,artifact,0,"
+        tmp_path / "tags",
+        "sae-effnet,7,jpeg blocks,artifact,1.5,Ada,effnet/1,abc,seen",
+        "sae-effnet,8,snow,style,0,Ada,effnet/1,abc,",
+        "sae-siglip,8,x,artifact,0,Ada,siglip/1,def,",
     )
     run = write_run(tmp_path / "run", faults | style)
+    annotated_by(run, "effnet/1", "abc")
     selection, funnel = select(run, find(name), tags)
     assert selection["key"].to_pylist() == sorted(style)
     assert {rule["name"]: rule["failed_alone"] for rule in funnel["rules"]} == dict.fromkeys(faults, 1)
@@ -321,10 +333,34 @@ def test_missing_takes_the_names_of_annotations(tmp_path):
         decide(run, Policy("p", HEADER + "SELECT uid, missing('text_densty') AS x FROM basics"), tmp_path)
 
 
+@pytest.mark.parametrize(
+    "reviewers, tower, weights, removes",
+    [("Ada;Grace", "effnet/1", "abc", True), ("", "effnet/1", "abc", False), (" ; ", "effnet/1", "abc", False)]
+    + [("Ada", "effnet/2", "abc", False), ("Ada", "effnet/1", "abd", False)],
+)
+def test_a_tag_removes_only_when_signed_and_of_the_encoder_and_sae_of_the_run(tmp_path, reviewers, tower, weights, removes):
+    tags = tags_in(tmp_path / "tags", f"sae-effnet,7,jpeg blocks,artifact,1.5,{reviewers},{tower},{weights},")
+    run = write_run(tmp_path / "run", {"a": {"codes": [{"feature": 7, "value": 2.0}]}, "b": {}})
+    annotated_by(run, "effnet/1", "abc")
+    selection, _ = select(run, find("pretrain_256"), tags)
+    assert selection["key"].to_pylist() == (["b"] if removes else ["a", "b"])
+    said = silent_tags(run, tags)
+    assert said is None if removes else "1 artifact tags are inactive" in said
+    if not removes:
+        assert ("nobody signed" in said and "1 of its SAE" in said) == (tower == "effnet/1" and weights == "abc")
+
+
+def test_without_a_word_on_the_sae_of_a_run_no_tag_is_active(tmp_path):
+    tags = tags_in(tmp_path / "tags", "sae-effnet,7,jpeg blocks,artifact,1.5,Ada,effnet/1,abc,")
+    run = write_run(tmp_path / "run", {"a": {"codes": [{"feature": 7, "value": 2.0}]}})
+    assert active_tags(run, tags)["active"].to_pylist() == [False] and silent_tags(run, tags) is None
+    assert len(select(run, find("pretrain_256"), tags)[0]) == 1
+
+
 def test_tags_may_be_missing_or_only_a_header_and_a_wrong_file_is_named(tmp_path):
     assert len(read_tags(tmp_path / "nowhere")) == 0
     assert len(read_tags(tags_in(tmp_path / "a"))) == 0
-    assert read_tags(tags_in(tmp_path / "a", 'm,3,"two\nlines",artifact,0.5,x')).to_pylist()[0]["feature"] == 3
+    assert read_tags(tags_in(tmp_path / "a", 'm,3,"two\nlines",artifact,0.5,Ada,t,w,x')).to_pylist()[0]["feature"] == 3
     (tmp_path / "a" / "wrong.tags.csv").write_text("model,tag\nm,t\n")
     with pytest.raises(ValueError, match=r"wrong\.tags\.csv is not a table of tags"):
         read_tags(tmp_path / "a")
