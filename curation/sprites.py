@@ -23,6 +23,11 @@ def thumbnail(image: np.ndarray, size: int = THUMBNAIL) -> np.ndarray:
     return np.asarray(small)
 
 
+def square(image: np.ndarray, side: int) -> np.ndarray:
+    """A square picture resized to `side`."""
+    return np.asarray(Image.fromarray(np.ascontiguousarray(image)).resize((side, side), Image.Resampling.LANCZOS))
+
+
 def sprite(pictures: list[np.ndarray], quality: int = 80) -> tuple[bytes, list[list[int]]]:
     """Pictures in rows on grey -> (JPEG, [left, top, width, height] of each)."""
     boxes, left, top, tall = [], 0, 0, 0

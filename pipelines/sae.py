@@ -18,12 +18,15 @@ from curation.contrast import CONTROLS, DAMAGE, STYLES, view, window
 from curation.decode import DecodeError, decode
 from curation.fitted import check_identity, find, out_dir, parse_tower, read_json, tower_spec
 from curation.labelled import read_manifest
+from curation.sae_eval import measure
 from curation.sae_train import Training, shuffled, train
 from curation.shards import file_hash, write_json
 from curation.sources import list_shards, read_samples
 from curation.tags import PARTS, Rules, part
 from curation.towers import Tower, loaded
 from pipelines.cli import call
+from pipelines.sae_atlas import atlas, review
+from pipelines.sae_eval import evaluate
 
 
 def fit(
@@ -96,37 +99,6 @@ def fit(
     model = replace(model, metadata=metadata | {"evaluation": evaluation})
     sae.save(model, folder, matrices)
     print(json.dumps({"out": str(folder), "features": model.num_features, **evaluation}))
-    return 0
-
-
-def measure(model: sae.Sae, vectors: np.ndarray, k: int) -> dict[str, Any]:
-    """What an SAE does with rows (N, d) that it has not seen."""
-    rows = torch.from_numpy(vectors)
-    values = sae.activations(model, rows)
-    rate = (values > 0).float().mean(0)
-    return {
-        "num_rows": len(rows),
-        "explained_variance": round(sae.explained_variance(model, rows), 4),  # about the mean of these rows
-        "explained_variance_top_k": round(sae.explained_variance(model, rows, k), 4),
-        "l0": round(float((values > 0).sum(1).float().mean()), 2),
-        "never_fires": round(float((rate == 0).float().mean()), 4),
-        "dense": round(float((rate > 0.1).float().mean()), 4),  # share of features that fire on over 10 % of the rows
-    }
-
-
-def evaluate(model: str, images: str, device: str = "cpu") -> int:
-    """Explained variance, sparsity and silent features on images, by part; prints one JSON line.
-
-    Args:
-        model: Packaged name (sae-effnet) or folder.
-        images: Folder, tars or Parquet.
-        device: cpu or cuda, for the tower.
-    """
-    fitted, tower = _with_tower(model)
-    rows = vectors_of_images(images, tower, 1, device, 0)
-    k = int(fitted.metadata.get("training", {}).get("k", 32))
-    figures = {name: measure(fitted, vectors, k) for name, vectors in rows.items() if len(vectors) > 1}
-    print(json.dumps({"model": model, **figures}))
     return 0
 
 
@@ -267,8 +239,8 @@ def contrast_values(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`k2 sae fit|eval|tag`."""
-    return call({"fit": fit, "eval": evaluate, "tag": tag}, argv, "k2 sae")
+    """`k2 sae fit|eval|tag|atlas|review`."""
+    return call({"fit": fit, "eval": evaluate, "tag": tag, "atlas": atlas, "review": review}, argv, "k2 sae")
 
 
 if __name__ == "__main__":
