@@ -65,7 +65,9 @@ def write_feature(
     content["sprite"] = _size(boxes)
     if shown:
         write_bytes(sheet, place / f"{found['feature']}.jpg")
-        write_bytes(cover([unpacked(thumbnails[i]) for i in shown[: TILES[0] * TILES[1]]]), place / f"{found['feature']}-cover.jpg")
+    fired = list(dict.fromkeys(i for rows in found["strips"].values() for i, value in rows if value > found["fires"] and i in thumbnails))
+    if fired:
+        write_bytes(cover([unpacked(thumbnails[i]) for i in fired[: TILES[0] * TILES[1]]]), place / f"{found['feature']}-cover.jpg")
     parts = [(one["uid"], [one[name] for name in ("heat", "crop")]) for one in details]
     sheet, boxes = sprite([unpacked(part) for _, pair in parts for part in pair if part], 90)
     if parts:
@@ -74,7 +76,7 @@ def write_feature(
     content["details"] = [[uid, *(next(left) if part else None for part in pair)] for uid, pair in parts]
     content["detail_sprite"] = _size(boxes)
     write_card(content, folder)
-    return line(found, bool(shown))
+    return line(found, bool(fired))
 
 
 def write_card(content: dict[str, Any], folder: Path) -> None:
