@@ -87,8 +87,8 @@ def overlay(image: np.ndarray, boxes: np.ndarray, values: np.ndarray, top: float
     if len(boxes) > 16:
         field = gaussian_filter(field, small.shape[0] / 30)
     strength = np.clip(field, 0, 1)[..., None]
-    grey = small.astype(np.float32) * np.where(field[..., None] < 0, 0.45, 0.75)
-    return np.rint(grey * (1 - 0.55 * strength) + (0.5 * small + 0.5 * HOT) * 0.55 * strength + 0.2 * strength * small).clip(0, 255).astype(np.uint8)
+    dim = small * np.where(field[..., None] < 0, 0.4, 0.7)
+    return np.rint(dim * (1 - strength) + (0.45 * small + 0.55 * HOT) * strength).clip(0, 255).astype(np.uint8)
 
 
 def native(image: np.ndarray, box: Any | None) -> np.ndarray:

@@ -393,7 +393,7 @@
 
   addEventListener("hashchange", route);
   addEventListener("keydown", (event) => {
-    if (event.target.closest("input, select, dialog") || event.ctrlKey || event.metaKey || event.altKey) return;
+    if (event.target.closest("input:not([type=checkbox]), select, dialog") || event.ctrlKey || event.metaKey || event.altKey) return;
     if (event.key === "/") { event.preventDefault(); search.focus(); }
     if (current === null) return;
     if (event.key === "ArrowLeft") step(-1);
