@@ -68,7 +68,8 @@ def measure(dim: int, num: int) -> dict[str, object]:
         "tags": ROWS / seconds(lambda: in_batches(lambda rows: exact.codes(tagged, rows), vectors, BATCH)),
         "tags_float32_torch": ROWS / seconds(lambda: in_batches(float32, vectors, BATCH)),
         "all_top_k": len(few) / seconds(lambda: in_batches(lambda rows: exact.codes(everything, rows, K), few, BATCH)),
-        "all_top_k_float32_torch": len(few) / seconds(lambda: in_batches(lambda rows: sae.encode(model, torch.from_numpy(rows), K), few, BATCH)),
+        "all_top_k_float32_torch": len(few)
+        / seconds(lambda: in_batches(lambda rows: sae.encode(model, torch.from_numpy(rows), K), few, BATCH)),
     }
     one, other = (np.concatenate(in_batches(float32, vectors, size)) for size in (1, BATCH))
     exact_one, exact_other = (np.concatenate(in_batches(lambda rows: exact.values(tagged, rows), vectors, size)) for size in (1, BATCH))

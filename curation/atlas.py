@@ -70,7 +70,9 @@ def card(looked: Firing, feature: int) -> dict[str, Any]:
     return next(cards(looked, [feature]))
 
 
-def cards(looked: Firing, features: Iterable[int] | None = None, contrast: Any = None, other: Fitted | None = None) -> Iterator[dict[str, Any]]:
+def cards(
+    looked: Firing, features: Iterable[int] | None = None, contrast: Any = None, other: Fitted | None = None
+) -> Iterator[dict[str, Any]]:
     """One card per feature (all of the SAE when None), as plain values; images are indices into `looked.uids`.
 
     Args:

@@ -94,7 +94,9 @@ def of_run(fitted: Fitted, run: str, limit: int = LIMIT) -> Firing:
         if not files or (stage == "artifacts" and described.get("weights") != fitted.weights):
             continue
         if stage != "artifacts":
-            check_identity(run, described.get("tower", {}).get("identity", "a tower that its run.json does not name"), tower.identity, "sae")
+            check_identity(
+                run, described.get("tower", {}).get("identity", "a tower that its run.json does not name"), tower.identity, "sae"
+            )
         share = limit / max(1, sum(pq.read_metadata(file).num_rows for file in files))
         uids, cells = [], []
         for file in tqdm(files, desc="read", unit="shard", file=sys.stderr, disable=not sys.stderr.isatty()):

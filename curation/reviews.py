@@ -38,7 +38,7 @@ def read_rows(folder: Path) -> list[Row]:
         return []
     with open(path, newline="") as file:
         found = list(csv.DictReader(file))
-    return [{name: "" for name in COLUMNS} | row | {"feature": int(row["feature"]), "threshold": float(row["threshold"])} for row in found]
+    return [dict.fromkeys(COLUMNS, "") | row | {"feature": int(row["feature"]), "threshold": float(row["threshold"])} for row in found]
 
 
 def write_rows(rows: list[Row], folder: Path) -> None:
@@ -96,7 +96,9 @@ def sign(folder: Path, tower: str, weights: str, reviewer: str, choices: Mapping
                 f"it. Make the atlas again (`k2 sae atlas --model {folder}`) and look once more."
             )
         if threshold < fires[feature] * (1 - 1e-3):
-            raise ValueError(f"feature {feature}: threshold {threshold:.6g} lies below {fires[feature]:.6g}, where the feature starts to fire")
+            raise ValueError(
+                f"feature {feature}: threshold {threshold:.6g} lies below {fires[feature]:.6g}, where the feature starts to fire"
+            )
         tag = " ".join(str(choice.get("tag") or (known or {}).get("tag") or UNNAMED).split())
         entry = {"verdict": verdict, "tag": tag, "threshold": default if known else threshold, "at": datetime.now(UTC).date().isoformat()}
         said = reviews.setdefault(str(feature), {})

@@ -29,7 +29,9 @@ def square(image: np.ndarray, side: int) -> np.ndarray:
 
 
 def sprite(pictures: list[np.ndarray], quality: int = 80) -> tuple[bytes, list[list[int]]]:
-    """Pictures in rows on grey -> (JPEG, [left, top, width, height] of each)."""
+    """Pictures in rows on grey -> (JPEG, [left, top, width, height] of each); no bytes without pictures."""
+    if not pictures:
+        return b"", []
     boxes, left, top, tall = [], 0, 0, 0
     for picture in pictures:
         height, width = picture.shape[:2]
@@ -37,7 +39,7 @@ def sprite(pictures: list[np.ndarray], quality: int = 80) -> tuple[bytes, list[l
             left, top, tall = 0, top + tall + 4, 0
         boxes.append([left, top, width, height])
         left, tall = left + width + 4, max(tall, height)
-    right, bottom = (max((box[i] + box[i + 2] for box in boxes), default=1) for i in (0, 1))
+    right, bottom = (max(box[i] + box[i + 2] for box in boxes) for i in (0, 1))
     sheet = np.full((bottom, right, 3), 128, np.uint8)
     for picture, (x, y, width, height) in zip(pictures, boxes, strict=True):
         sheet[y : y + height, x : x + width] = picture
@@ -82,7 +84,9 @@ def overlay(image: np.ndarray, boxes: np.ndarray, values: np.ndarray, top: float
     small = thumbnail(image)
     scale = small.shape[0] / image.shape[0]
     field = np.full(small.shape[:2], -1.0, np.float32)
-    for (a, b, c, d), value in sorted(zip(np.rint(boxes * scale).astype(int).tolist(), values.tolist(), strict=True), key=lambda one: one[1]):
+    for (a, b, c, d), value in sorted(
+        zip(np.rint(boxes * scale).astype(int).tolist(), values.tolist(), strict=True), key=lambda one: one[1]
+    ):
         field[max(a, 0) : max(c, a + 1), max(b, 0) : max(d, b + 1)] = np.clip(value / max(top, 1e-6), 0, 1)
     if len(boxes) > 16:
         field = gaussian_filter(field, small.shape[0] / 30)

@@ -5,7 +5,8 @@
     features/N.js                   the card of feature N, loaded when it is opened
     features/N.jpg N-detail.jpg N-cover.jpg
 
-Scripts, because a page from a disk may load scripts and pictures, and nothing else.
+Scripts, because a page from a disk may load scripts and pictures, and nothing else. The files of features are not flushed to the disk
+one by one, which would take longer than making them: index.html comes last, and the command again makes all of them.
 """
 
 import json
@@ -21,6 +22,7 @@ from curation.shards import write_bytes
 from curation.sprites import jpeg, sprite, unpacked
 
 TEMPLATES = Path(__file__).parent / "templates"
+FILES = {"index.html", "atlas.css", "atlas.js", "data.js", "features"}
 TILE, TILES = 92, (3, 2)  # pixels and places (across, down) of the pictures on a cover
 COLUMNS = (
     "feature", "tag", "name", "words", "verdict", "reviewers", "threshold", "rate", "above", "largest", "kind", "auroc", "style",
@@ -35,8 +37,10 @@ def check_out(out: str) -> Path:
         ValueError: it holds something that is not an atlas.
     """
     folder = Path(out)
-    if folder.exists() and any(folder.iterdir()) and not (folder / "data.js").exists():
-        raise ValueError(f"{out} is not empty and holds no atlas; give a new folder")
+    strange = {path.name for path in folder.iterdir()} - FILES if folder.exists() else set()
+    if strange:
+        raise ValueError(f"{out} holds {min(strange)!r}, which is no part of an atlas; give a new folder")
+    (folder / "features").mkdir(parents=True, exist_ok=True)
     return folder
 
 
@@ -57,32 +61,29 @@ def write_feature(
     shown = list(dict.fromkeys(i for rows in found["strips"].values() for i, _ in rows if i in thumbnails))
     sheet, boxes = sprite([unpacked(thumbnails[i]) for i in shown])
     where = dict(zip(shown, boxes, strict=True))
-    content = {key: found[key] for key in ("feature", "threshold", "fires", "rate", "above", "num", "largest", "histogram", "near", "evidence")}
+    content = {
+        key: found[key] for key in ("feature", "threshold", "fires", "rate", "above", "num", "largest", "histogram", "near", "evidence")
+    }
     content["below"] = below
     content["strips"] = {name: [[uids[i], value, where.get(i)] for i, value in rows] for name, rows in found["strips"].items()}
     content["families"] = found.get("families", [])
     content["match"] = found.get("match")
     content["sprite"] = _size(boxes)
     if shown:
-        write_bytes(sheet, place / f"{found['feature']}.jpg")
+        (place / f"{found['feature']}.jpg").write_bytes(sheet)
     fired = list(dict.fromkeys(i for rows in found["strips"].values() for i, value in rows if value > found["fires"] and i in thumbnails))
     if fired:
-        write_bytes(cover([unpacked(thumbnails[i]) for i in fired[: TILES[0] * TILES[1]]]), place / f"{found['feature']}-cover.jpg")
+        (place / f"{found['feature']}-cover.jpg").write_bytes(cover([unpacked(thumbnails[i]) for i in fired[: TILES[0] * TILES[1]]]))
     parts = [(one["uid"], [one[name] for name in ("heat", "crop")]) for one in details]
     sheet, boxes = sprite([unpacked(part) for _, pair in parts for part in pair if part], 90)
     if parts:
-        write_bytes(sheet, place / f"{found['feature']}-detail.jpg")
+        (place / f"{found['feature']}-detail.jpg").write_bytes(sheet)
     left = iter(boxes)
     content["details"] = [[uid, *(next(left) if part else None for part in pair)] for uid, pair in parts]
     content["detail_sprite"] = _size(boxes)
-    write_card(content, folder)
+    script = f"feature({found['feature']}, {_json(rounded(content))});\n"
+    (place / f"{found['feature']}.js").write_bytes(script.encode())
     return line(found, bool(fired))
-
-
-def write_card(content: dict[str, Any], folder: Path) -> None:
-    """features/N.js."""
-    script = f"feature({content['feature']}, {_json(rounded(content))});\n"
-    write_bytes(script.encode(), folder / "features" / f"{content['feature']}.js")
 
 
 def line(found: dict[str, Any], covered: bool) -> dict[str, Any]:
@@ -126,7 +127,8 @@ def write_index(lines: Iterable[dict[str, Any]], facts: dict[str, Any], folder: 
     data["columns"] = {name: [rounded(row[name]) for row in rows] for name in COLUMNS}
     about = f"{facts['num_images']:,} images · tower {facts['tower']} · weights {facts['weights']}"
     if "l0" in facts["evaluation"]:
-        about += f" · {facts['evaluation']['l0']:g} features fire on an image, explained variance {facts['evaluation']['explained_variance']:.2f}"
+        kept = facts["evaluation"]["explained_variance"]
+        about += f" · {facts['evaluation']['l0']:g} features fire on an image, explained variance {kept:.2f}"
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True)
     page = environment.get_template("atlas.html.j2").render(model=facts["model"], num_features=len(rows), about=about)
     write_bytes(f"window.ATLAS = {_json(data)};\n".encode(), folder / "data.js")

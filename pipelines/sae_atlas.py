@@ -136,8 +136,9 @@ def review(model: str, choices: list[str]) -> int:
         signed = reviews.sign(fitted.folder, fitted.tower.identity, fitted.weights, found.get("reviewer", ""), found["choices"], fires)
         rows |= {row["feature"]: row for row in signed}
     print(f"{'feature':>8}  {'verdict':<9} {'threshold':>9}  {'tag':<28} reviewers")
-    for row in sorted(rows.values(), key=lambda row: row["feature"]):
-        print(f"{row['feature']:>8}  {row['verdict']:<9} {row['threshold']:>9.4g}  {row['tag'][:28]:<28} {row['reviewers'].replace(';', ', ')}")
+    for _, row in sorted(rows.items()):
+        names = row["reviewers"].replace(";", ", ")
+        print(f"{row['feature']:>8}  {row['verdict']:<9} {row['threshold']:>9.4g}  {row['tag'][:28]:<28} {names}")
     table = reviews.read_rows(fitted.folder)
     removing = sum(row["verdict"] == "artifact" and bool(row["reviewers"]) for row in table)
     print(json.dumps({"out": str(reviews.table_path(fitted.folder)), "reviewed": len(rows), "tags": len(table), "may_remove": removing}))

@@ -52,7 +52,9 @@ class Artifacts:
         if self.only_tags:
             found = sorted({row["feature"] for row in reviews.read_rows(folder)})
             if not found:
-                raise ValueError(f"{reviews.table_path(folder)} names no feature; find some with `k2 sae tag --model {self.model} ...` first")
+                raise ValueError(
+                    f"{reviews.table_path(folder)} names no feature; find some with `k2 sae tag --model {self.model} ...` first"
+                )
             object.__setattr__(self, "features", tuple(found))
 
     @property

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from curation.sprites import jpeg
-from pipelines.atlas_page import write_feature, write_index
+from pipelines.atlas_page import check_out, write_feature, write_index
 
 CHROMIUM = Path("/usr/bin/chromium")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
@@ -45,7 +45,9 @@ def made_up_card(feature: int, uids: list[str], rng: np.random.Generator) -> dic
         "near": [[(feature + i) % NUM, 0.9 - i / 10] for i in range(1, 7)],
         "families": families,
         "match": {"feature": 7, "correlation": float(rng.random())},
-        "row": {"tag": HOSTILE if feature == 1 else "agency mark", "verdict": "artifact", "reviewers": ""} if feature in (1, 2049) else None,
+        "row": {"tag": HOSTILE if feature == 1 else "agency mark", "verdict": "artifact", "reviewers": ""}
+        if feature in (1, 2049)
+        else None,
         "evidence": {"names": [f"word{feature % 97}"], "p": 1e-9} if feature % 2 else {},
     }
 
@@ -53,7 +55,7 @@ def made_up_card(feature: int, uids: list[str], rng: np.random.Generator) -> dic
 @pytest.fixture(scope="module")
 def atlas(tmp_path_factory) -> Path:
     """4,096 features; 0 to 3 with pictures; the last one's card is missing."""
-    folder, rng = tmp_path_factory.mktemp("atlas") / "page", np.random.default_rng(0)
+    folder, rng = check_out(str(tmp_path_factory.mktemp("atlas") / "page")), np.random.default_rng(0)
     uids = [f"folder/{HOSTILE}.jpg", *(f"folder/{i}.jpg" for i in range(1, 30))]
     pictures = {i: jpeg(np.full((96, 128, 3), 8 * i, np.uint8), 92) for i in range(30)}
     lines = []
@@ -67,7 +69,9 @@ def atlas(tmp_path_factory) -> Path:
             card["strips"]["below"] = []
         lines.append(write_feature(card, uids, False, {}, [], folder))
     (folder / "features" / f"{NUM - 1}.js").unlink()
-    write_index(lines, {"model": "sae-here", "tower": TOWER, "weights": WEIGHTS, "other": "sae-other", "num_images": 30, "evaluation": {}}, folder)
+    write_index(
+        lines, {"model": "sae-here", "tower": TOWER, "weights": WEIGHTS, "other": "sae-other", "num_images": 30, "evaluation": {}}, folder
+    )
     return folder
 
 
@@ -136,7 +140,8 @@ def test_search_finds_names_damage_verdicts_and_numbers(page):
 
 def test_search_of_thousands_takes_less_than_the_work_of_a_frame_or_two(page):
     """Counted in list items that are built, not in seconds: a keystroke builds one screenful, whatever the number of features."""
-    built = "window.built = 0; new MutationObserver(all => all.forEach(one => built += one.addedNodes.length)).observe(document.getElementById('grid'), {childList: true})"
+    count = "new MutationObserver(all => all.forEach(one => built += one.addedNodes.length))"
+    built = f"window.built = 0; {count}.observe(document.getElementById('grid'), {{childList: true}})"
     page.evaluate(built)
     page.fill("#search", "word")
     page.wait_for_selector("#status:has-text('2,048')")

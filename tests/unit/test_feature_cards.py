@@ -179,7 +179,7 @@ def test_the_same_command_writes_the_same_bytes_and_another_folder_is_left_alone
     assert command.main(["atlas", *where, "--out", str(page)]) == 0
     assert {path.name: path.read_bytes() for path in page.rglob("*") if path.is_file()} == before
     assert command.main(["atlas", *where, "--out", str(world / "pictures")]) == 2
-    assert "holds no atlas; give a new folder" in capsys.readouterr().err
+    assert "which is no part of an atlas; give a new folder" in capsys.readouterr().err
 
 
 def test_choices_of_the_page_become_rows_of_the_tag_table(world, tmp_path, capsys):
@@ -188,7 +188,10 @@ def test_choices_of_the_page_become_rows_of_the_tag_table(world, tmp_path, capsy
     shutil.copy(world / "sae-here.tags.csv", tmp_path)
     weights, tower = file_hash(folder / sae.WEIGHTS_FILE), Compact().identity
     made = {"kind": "k2 sae choices", "model": "sae-here", "tower": tower, "weights": weights}
-    ada = made | {"reviewer": "Ada", "choices": {"2": {"verdict": "artifact", "tag": "halo", "threshold": 0.9}, "7": {"verdict": "style", "tag": "x"}}}
+    ada = made | {
+        "reviewer": "Ada",
+        "choices": {"2": {"verdict": "artifact", "tag": "halo", "threshold": 0.9}, "7": {"verdict": "style", "tag": "x"}},
+    }
     bo = made | {"reviewer": "Bo", "choices": {"2": {"verdict": "artifact"}, "7": {"verdict": "content", "tag": "y"}}}
     paths = [tmp_path / "ada.json", tmp_path / "bo.json"]
     for path, content in zip(paths, (ada, bo), strict=True):

@@ -66,7 +66,9 @@ def test_the_tagged_features_alone_have_the_values_that_they_have_among_all(tmp_
     row = {"model": "sae-here", "tag": "x", "verdict": "unknown", "threshold": 0.1, "reviewers": "", "tower": "", "weights": ""}
     reviews.write_rows([row | {"feature": feature} for feature in chosen], folder)
     tagged = Artifacts(str(folder), only_tags=True)
-    assert tagged.load("cpu")(images)["codes"].to_pylist() == [[code for code in codes if code["feature"] in chosen] for codes in everything]
+    assert tagged.load("cpu")(images)["codes"].to_pylist() == [
+        [code for code in codes if code["feature"] in chosen] for codes in everything
+    ]
     assert tagged.describe()["features"] == sorted(chosen) and pickle.loads(pickle.dumps(tagged)) == tagged
     assert stage_fingerprint(tagged) != stage_fingerprint(Artifacts(str(folder)))
     reviews.write_rows([row | {"feature": feature, "verdict": "artifact", "reviewers": "Ada"} for feature in chosen], folder)

@@ -75,7 +75,10 @@ def test_a_review_at_another_threshold_is_refused_and_nothing_is_written(folder)
 
 def test_a_review_of_before_the_threshold_moved_no_longer_counts(folder):
     sign(folder, "Ada", {"3": {"verdict": "style"}})
-    moved = [one | ({"threshold": 0.5, "reviewers": "", "verdict": "artifact"} if one["feature"] == 3 else {}) for one in reviews.read_rows(folder)]
+    moved = [
+        one | ({"threshold": 0.5, "reviewers": "", "verdict": "artifact"} if one["feature"] == 3 else {})
+        for one in reviews.read_rows(folder)
+    ]
     reviews.write_rows(moved, folder)
     sign(folder, "Bo", {"3": {"verdict": "artifact"}})
     assert (row(folder, 3)["verdict"], row(folder, 3)["reviewers"], row(folder, 3)["threshold"]) == ("artifact", "Bo", 0.5)

@@ -84,7 +84,7 @@ class ContrastSet(NamedTuple):
 
 
 def contrasts(num: int = 120, dim: int = 16) -> ContrastSet:
-    """"seen" moves the first dimension by its severity, "unseen" moves nothing; a third of the pictures lack "seen" 1."""
+    """ "seen" moves the first dimension by its severity, "unseen" moves nothing; a third of the pictures lack "seen" 1."""
     rng = np.random.default_rng(0)
     families = [Family("clean", "clean", 0), Family("seen", "damage", 1), Family("seen", "damage", 5), Family("unseen", "damage", 3)]
     families += [Family("mist", "style", 0), Family("mirror", "control", 0)]
