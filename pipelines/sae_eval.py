@@ -1,6 +1,7 @@
 """`k2 sae eval`: what a sparse autoencoder keeps, how sparse it is, and whether its features mean something."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from curation import firing, sae, sae_eval
 from curation.firing import Firing, read_fitted
 from curation.sae_eval import MATCHED, NEIGHBOURS, ROWS
 from curation.tags import PARTS
+from curation.towers import Siglip
 
 WORDS = {
     "num_rows": "images",
@@ -44,7 +46,8 @@ def evaluate(
         other: SAEs of other seeds on the same tower: which features come back?
         contrast: Folder in which `k2 sae tag --kept` keeps vectors of damaged pictures; adds the table of damage against a linear
             probe and a difference of means. Needs --images.
-        texts: A .npy of (classes, d) text vectors of the same model: adds the zero-shot answers that are kept.
+        texts: A file with one class per line ("a photo of a dog"): adds the zero-shot answers that are kept. SigLIP-2 towers only, and
+            never run here with the published weights.
         device: cpu or cuda, for the tower.
         seed: Of the contrast set, as given to `k2 sae tag`.
     """
@@ -53,6 +56,8 @@ def evaluate(
     if contrast is not None and images is None:
         raise ValueError("--contrast goes with --images: the kept vectors belong to the images that they were made of")
     fitted = read_fitted(model)
+    if texts is not None and not isinstance(fitted.tower, Siglip):
+        raise ValueError(f"--texts needs a tower that reads texts, a SigLIP-2; {model} was fitted on {fitted.tower.identity}")
     others = {name: read_fitted(name) for name in other}
     for name, one in others.items():
         if one.tower.identity != fitted.tower.identity:
@@ -60,7 +65,7 @@ def evaluate(
     looked = firing.of_run(fitted, run) if run else firing.of_images(fitted, images, device)
     if looked.vectors is None:
         raise ValueError(f"{run} holds codes and no vectors of {fitted.tower.name}: what an SAE loses cannot be seen in its codes")
-    words = np.load(texts) if texts else None
+    words = text_vectors(fitted.tower, texts, device) if texts else None
     figures: dict[str, Any] = {name: of_part(looked, name, words) for name in PARTS if (looked.parts == name).sum() > 1}
     report = {"model": model, **figures}
     rows = looked.vectors[:: max(1, len(looked.uids) // ROWS)].astype(np.float32)
@@ -73,6 +78,13 @@ def evaluate(
     show(figures, report)
     print(json.dumps(report))
     return 0
+
+
+def text_vectors(tower: Siglip, path: str, device: str) -> np.ndarray:
+    """(classes, d) of the lines of a file."""
+    from curation.siglip_text import embed_texts
+
+    return embed_texts(tower, [line.strip() for line in Path(path).read_text().splitlines() if line.strip()], device)
 
 
 def of_part(looked: Firing, name: str, texts: np.ndarray | None) -> dict[str, Any]:

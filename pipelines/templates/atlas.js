@@ -317,8 +317,8 @@
   function evidence(card) {
     const found = card.evidence;
     const lines = [];
-    for (const name of found.names || []) lines.push(make("tr", {}, make("td", {}, typeof name === "string" ? name : name.name), make("td", { class: "num" }, typeof name === "string" ? "proposed name" : [name.by, name.score].filter((part) => part !== undefined && part !== null).map((part) => (typeof part === "number" ? figure(part) : part)).join(" "))));
-    for (const [name, value] of Object.entries(found.auroc || {}).sort((a, b) => b[1] - a[1]).slice(0, 6)) lines.push(make("tr", {}, make("td", {}, `AUROC ${name.replaceAll("_", " ")}`), make("td", { class: "num" }, figure(value))));
+    for (const name of found.names || []) lines.push(make("tr", {}, make("td", {}, typeof name === "string" ? name : name.name), make("td", { class: "num" }, typeof name === "string" ? "proposed name" : [name.by, name.score ?? name.cosine].filter((part) => part !== undefined && part !== null).map((part) => (typeof part === "number" ? figure(part) : part)).join(" "))));
+    for (const [name, value] of Object.entries(found.auroc || {}).filter(([, value]) => typeof value === "number").sort((a, b) => b[1] - a[1]).slice(0, 6)) lines.push(make("tr", {}, make("td", {}, `AUROC ${name.replaceAll("_", " ")}`), make("td", { class: "num" }, figure(value))));
     for (const name of ["p", "selectivity", "stability"]) if (typeof found[name] === "number") lines.push(make("tr", {}, make("td", {}, name), make("td", { class: "num" }, figure(found[name]))));
     if (card.match) lines.push(make("tr", {}, make("td", {}, `most alike in ${data.other}: feature ${card.match.feature}`), make("td", { class: "num" }, `correlation ${figure(card.match.correlation)}`)));
     return lines.length ? make("section", { class: "panel" }, make("h3", {}, "Evidence"), make("table", {}, make("tbody", {}, ...lines))) : null;
