@@ -16,7 +16,7 @@ from tqdm import tqdm
 from curation import sae
 from curation.contrast import view
 from curation.decode import DecodeError, decode
-from curation.fitted import out_dir, parse_tower, read_json, tower_spec
+from curation.fitted import out_dir, parse_tower, tower_spec
 from curation.sae_fit import train
 from curation.sae_rows import Cursor, InMemory, row_groups, shuffled, survey
 from curation.sae_train import Training
@@ -24,7 +24,9 @@ from curation.sources import list_shards, read_samples
 from curation.tags import PARTS, part
 from curation.towers import Tower, loaded
 from pipelines.cli import call
-from pipelines.sae_tag import tag, with_tower
+from pipelines.sae_atlas import atlas, review
+from pipelines.sae_eval import evaluate
+from pipelines.sae_tag import tag
 
 MOST = {"fit": 100_000, "estimate": 8192, "report": 65_536}  # rows of each part that are in memory: to start, to set thresholds, to measure
 
@@ -160,37 +162,6 @@ def _join(device: str) -> str:
     return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" else device
 
 
-def measure(model: sae.Sae, vectors: np.ndarray, k: int) -> dict[str, Any]:
-    """What an SAE does with rows (N, d) that it has not seen."""
-    rows = torch.from_numpy(vectors)
-    values = sae.activations(model, rows)
-    rate = (values > 0).float().mean(0)
-    return {
-        "num_rows": len(rows),
-        "explained_variance": round(sae.explained_variance(model, rows), 4),  # about the mean of these rows
-        "explained_variance_top_k": round(sae.explained_variance(model, rows, k), 4),
-        "l0": round(float((values > 0).sum(1).float().mean()), 2),
-        "never_fires": round(float((rate == 0).float().mean()), 4),
-        "dense": round(float((rate > 0.1).float().mean()), 4),  # share of features that fire on over 10 % of the rows
-    }
-
-
-def evaluate(model: str, images: str, device: str = "cpu") -> int:
-    """Explained variance, sparsity and silent features on images, by part; prints one JSON line.
-
-    Args:
-        model: Packaged name (sae-effnet) or folder.
-        images: Folder, tars or Parquet.
-        device: cpu or cuda, for the tower.
-    """
-    fitted, tower = with_tower(model)
-    rows = vectors_of_images(images, tower, 1, device, 0, tokens=8 if fitted.metadata.get("vectors") == "tokens" else 0)
-    k = int(fitted.metadata.get("training", {}).get("k", 32))
-    figures = {name: measure(fitted, vectors, k) for name, vectors in rows.items() if len(vectors) > 1}
-    print(json.dumps({"model": model, **figures}))
-    return 0
-
-
 def read_rows(source: str, only: set[str] | None = None) -> Iterator[dict[str, Any]]:
     """The samples of a source that have bytes; `only` are keys (of a folder: relative paths) to keep."""
     for shard in list_shards(source):
@@ -233,8 +204,8 @@ def _check(counts: dict[str, int]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`k2 sae fit|eval|tag`."""
-    return call({"fit": fit, "eval": evaluate, "tag": tag}, argv, "k2 sae")
+    """`k2 sae fit|eval|tag|atlas|review`."""
+    return call({"fit": fit, "eval": evaluate, "tag": tag, "atlas": atlas, "review": review}, argv, "k2 sae")
 
 
 if __name__ == "__main__":

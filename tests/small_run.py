@@ -11,8 +11,9 @@ from skimage import data
 
 from curation.faults import FAULTS
 from curation.schema import ARTIFACTS, SYNTHETIC
-from curation.shards import write_json, write_table
+from curation.shards import describe, write_json, write_table
 from curation.sources import load_listing
+from curation.stages.artifacts import Artifacts
 from pipelines.annotate import annotate
 from pipelines.dedup import dedup
 from pipelines.filter import filter
@@ -88,6 +89,9 @@ def write_scores(run: Path) -> None:
         scores = pa.Table.from_pylist(scores, SYNTHETIC)
         write_table(scores, run / f"annotations/synthetic/{shard.name}.parquet", "made up")
         write_table(pa.table([uids, codes, errors], schema=ARTIFACTS), run / f"annotations/artifacts/{shard.name}.parquet", "made up")
+    made_by = json.loads((run / "run.json").read_text())
+    made_by["description"]["stages"]["artifacts"] = {"description": describe(Artifacts())}
+    write_json(made_by, run / "run.json")
 
 
 def write_training(place: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from curation import detector, fitted, sae, towers
+from curation import detector, fitted, reviews, sae, towers
 from curation.annotate import stage_fingerprint
 from curation.decode import ImageBatch, decode
 from curation.faults import encode
@@ -43,7 +43,7 @@ def test_a_stage_gives_one_value_per_image_in_the_columns_of_its_schema(stage):
     else:
         num_features = sae.load(stage.model).num_features
         assert len(columns["codes"]) == 4
-        for codes in columns["codes"]:
+        for codes in columns["codes"].to_pylist():
             found = [code["value"] for code in codes]
             assert 0 < len(found) <= 32 and found == sorted(found, reverse=True) and found[-1] > 0
             assert all(0 <= code["feature"] < num_features for code in codes)
@@ -55,6 +55,27 @@ def test_an_image_gets_the_same_bits_alone_and_in_a_batch(stage):
     alone = [compute(ImageBatch([whole.uids[i]], [whole.encoded[i]], [whole.images[i]], [whole.headers[i]])) for i in range(4)]
     for column, values in compute(whole).items():
         assert list(values) == [one[column][0] for one in alone]
+
+
+def test_the_tagged_features_alone_have_the_values_that_they_have_among_all(tmp_path):
+    folder = tmp_path / "sae-here"
+    shutil.copytree(fitted.WEIGHTS_DIR / "sae-effnet", folder)
+    images = batch()
+    everything = Artifacts(str(folder), k=512).load("cpu")(images)["codes"].to_pylist()
+    chosen = {codes[0]["feature"] for codes in everything} | {3}
+    row = {"model": "sae-here", "tag": "x", "verdict": "unknown", "threshold": 0.1, "reviewers": "", "tower": "", "weights": ""}
+    reviews.write_rows([row | {"feature": feature} for feature in chosen], folder)
+    tagged = Artifacts(str(folder), only_tags=True)
+    assert tagged.load("cpu")(images)["codes"].to_pylist() == [
+        [code for code in codes if code["feature"] in chosen] for codes in everything
+    ]
+    assert tagged.describe()["features"] == sorted(chosen) and pickle.loads(pickle.dumps(tagged)) == tagged
+    assert stage_fingerprint(tagged) != stage_fingerprint(Artifacts(str(folder)))
+    reviews.write_rows([row | {"feature": feature, "verdict": "artifact", "reviewers": "Ada"} for feature in chosen], folder)
+    assert stage_fingerprint(Artifacts(str(folder), only_tags=True)) == stage_fingerprint(tagged), "a verdict is a choice and no fact"
+    reviews.write_rows([], folder)
+    with pytest.raises(ValueError, match="names no feature; find some with `k2 sae tag"):
+        Artifacts(str(folder), only_tags=True)
 
 
 def test_evidence_of_a_tower_that_is_left_out_is_null_and_the_file_still_speaks():
@@ -103,7 +124,9 @@ def test_a_model_refuses_another_tower_and_says_how_to_fit_one(stage, model, ver
     with pytest.raises(ValueError) as error:
         stage(model, (tower,) if stage is Synthetic else tower)
     text = str(error.value)
-    assert EffNet(depths=stage is Synthetic).identity in text and tower.identity in text and f"k2 {verb} siglip:ViT-B-16-SigLIP2-256" in text
+    assert (
+        EffNet(depths=stage is Synthetic).identity in text and tower.identity in text and f"k2 {verb} siglip:ViT-B-16-SigLIP2-256" in text
+    )
 
 
 def test_a_detector_takes_one_tower_of_a_branch_and_at_least_one():
