@@ -17,6 +17,7 @@ from curation import sae
 from curation.contrast import view
 from curation.decode import DecodeError, decode
 from curation.fitted import out_dir, parse_tower, tower_spec
+from curation.sae_eval import measure
 from curation.sae_fit import train
 from curation.sae_rows import Cursor, InMemory, row_groups, shuffled, survey
 from curation.sae_train import Training
