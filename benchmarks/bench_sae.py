@@ -24,7 +24,7 @@ import torch
 import tyro
 from sae_peers import BATCH, DEVICE, WIDTH, K, timed
 
-from curation import sae_fit, sae_scale, sae_search, sae_step
+from curation import sae, sae_fit, sae_scale, sae_search, sae_step
 from curation.sae_train import Trainee, Training
 from pipelines.run_folder import commit
 
@@ -106,6 +106,21 @@ def parity(data: str, weights: dict[str, np.ndarray], peers_python: str) -> dict
     return {name: float(f"{value:.1e}") for name, value in found.items()}
 
 
+def roundtrip(data: str, weights: dict[str, np.ndarray], peers_python: str) -> dict[str, float]:
+    """Largest difference of the codes of 512 rows: ours on disk read by SAELens, and what SAELens then saves read by us."""
+    tensors = {name: torch.from_numpy(value) for name, value in weights.items()}
+    fitted = sae.Sae(tensors["encoder"].T, tensors["bias"], tensors["decoder"], tensors["b_dec"], tensors["threshold"], {"tower": "bench"})
+    rows = np.array(np.load(f"{data}/eval.npy", mmap_mode="r")[:512])
+    with tempfile.TemporaryDirectory() as folder:
+        sae.save(fitted, Path(folder))
+        np.savez(f"{folder}/codes.npz", rows=rows)
+        script = str(Path(__file__).parent / "sae_peers.py")
+        subprocess.run([peers_python, script, "roundtrip", folder, f"{folder}/codes.npz"], check=True)
+        theirs = np.load(f"{folder}/codes.npz")["codes"]
+        read = [sae.activations(sae.load(path), torch.from_numpy(rows)).numpy() for path in (folder, f"{folder}/again")]
+    return {name: float(f"{np.abs(codes - theirs).max():.1e}") for name, codes in zip(("saelens_reads", "we_read"), read, strict=True)}
+
+
 def main(
     data: str,
     peers_python: str | None = None,
@@ -161,6 +176,7 @@ def main(
         summary["times_less_processor_time"][name] = round(rows[name]["cpu_seconds_per_step"] / rows["ours"]["cpu_seconds_per_step"], 2)
         summary["times_less_in_gemms"][name] = round(rows[name]["gemms_per_step"] / rows["ours"]["gemms_per_step"], 2)
     if peers_python:
+        summary["round_trip_with_saelens"] = roundtrip(data, weights["ours"], peers_python)
         summary["parity_with_dictionary_learning"] = parity(data, weights["ours"], peers_python)
     _append(summary)
 

@@ -5,7 +5,8 @@ line with the processor time of every step, and writes the weights to OUT (.npz)
 their trainers; sparsify's only trains inside a language model, so that its step is written here from its parts: encode, decode, its
 relative loss, its projection, its Adam.
 
-`parity` in place of a name reads OUT with weights and rows, and adds dictionary-learning's codes, loss and gradients to it.
+`parity` in place of a name reads OUT with weights and rows, and adds dictionary-learning's codes, loss and gradients to it; `roundtrip` reads our files with
+SAELens.
 """
 
 import json
@@ -161,11 +162,23 @@ def parity(out: str) -> None:
     np.savez(out, **given, codes=codes.detach().numpy(), loss=loss.detach().numpy(), **gradients)
 
 
+def roundtrip(folder: str, out: str) -> None:
+    """SAELens' codes of the rows in `out` with our SAE in `folder`, added to `out`; and the SAE saved again by SAELens to folder/again."""
+    from sae_lens import SAE
+
+    sae, given = SAE.load_from_disk(folder), dict(np.load(out))
+    with torch.no_grad():
+        np.savez(out, **given, codes=sae.encode(torch.from_numpy(given["rows"])).numpy())
+    sae.save_model(f"{folder}/again")
+
+
 if __name__ == "__main__":
     name, *rest = sys.argv[1:]
     torch.set_num_threads(1)
     if name == "parity":
         parity(rest[0])
+    elif name == "roundtrip":
+        roundtrip(*rest)
     else:
         data, steps, run, lr, out = rest
         result, weights = {"saelens": saelens, "dictlearn": dictlearn, "sparsify": sparsify}[name](data, int(steps), int(run), float(lr))
