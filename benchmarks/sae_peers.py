@@ -5,8 +5,8 @@ line with the processor time of every step, and writes the weights to OUT (.npz)
 their trainers; sparsify's only trains inside a language model, so that its step is written here from its parts: encode, decode, its
 relative loss, its projection, its Adam.
 
-`parity` in place of a name reads OUT with weights and rows, and adds dictionary-learning's codes, loss and gradients to it; `roundtrip` reads our files with
-SAELens.
+`parity` in place of a name reads OUT with weights and rows, and adds dictionary-learning's codes, loss and gradients to it;
+`roundtrip` reads our files with SAELens.
 """
 
 import json
