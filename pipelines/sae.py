@@ -124,9 +124,8 @@ def fit(
     matrices = torch.float16 if half else torch.float32
 
     def stream(cursor: Cursor | None) -> Iterator[tuple[np.ndarray, Cursor]]:
-        done = 0 if cursor is None else None  # where a stopped run goes on, only the rate is known
-        batches = shuffled(pieces, settings[0].batch_size, seed, cursor)
-        return iter(tqdm(batches, total=settings[0].num_steps if done == 0 else None, desc="train", unit="step", file=sys.stderr))
+        total = settings[0].num_steps if cursor is None else None  # a run that goes on does not count its steps from the start
+        return iter(tqdm(shuffled(pieces, settings[0].batch_size, seed, cursor), total=total, desc="train", unit="step", file=sys.stderr))
 
     place = out_dir(out)
     kept = {name: vectors.astype(np.float32) for name, vectors in kept.items()}
