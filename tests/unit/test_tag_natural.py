@@ -9,7 +9,7 @@ from curation.shards import write_table
 from curation.tag_natural import confirm, find_pairs
 from curation.tags import Tag
 
-COPIES = {  # as `k2 dedup` says it, a representative is an exact copy of itself; uid -> (group, representative, kind, bytes, value of feature 7)
+COPIES = {  # uid -> (group, representative (which is an exact copy of itself), kind, bytes, value of feature 7)
     **{f"best{i}": (i, True, "exact", 1000, 0.0) for i in range(8)},
     **{f"mid{i}": (i, False, "perceptual", 600, 0.0) for i in range(8)},
     **{f"worst{i}": (i, False, "perceptual", 300, 2.0 if i else 0.0) for i in range(8)},
