@@ -4,9 +4,10 @@
 
 Per kind of damage (severities 3 to 5 against clean pictures) the AUROC of the SAE's tag set (and of the best set that need not spare any
 style, `discovered`) beside a linear probe and the difference of means on the same vectors, the best pixel column of the stage `defects`,
-and where the tower is a SigLIP-2 its text prompts; per style family what the tags remove. Then the argument of K2's report: a quality score (BRISQUE, from the package `brisque` 0.2.0: `pip install
---no-deps brisque libsvm-official`; no weights of an aesthetic head can be had offline) removes how much of each style at the recall of
-damage that the tags have? Appends a JSON line to benchmarks/results/artifacts.jsonl and draws docs/images/artifacts_vs_aesthetic.png.
+and where the tower is a SigLIP-2 its text prompts; per style family what the tags remove. Then the argument of K2's report: a quality
+score (BRISQUE, from the package `brisque` 0.2.0: `pip install --no-deps brisque libsvm-official`; no weights of an aesthetic head can be
+had offline) removes how much of each style at the recall of damage that the tags have? Appends a JSON line to
+benchmarks/results/artifacts.jsonl and draws docs/images/artifacts_vs_aesthetic.png.
 """
 
 import json

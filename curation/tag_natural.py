@@ -18,12 +18,12 @@ from curation.tags import Tag
 WORSE = 0.5  # of the best copy's bytes, at most: a copy of the same quality tells nothing
 PAIRS = f"""
 WITH copies AS (
-  SELECT d."group", d.representative, b.uid, b.bytes
+  SELECT d."group", d.kind, d.representative, b.uid, b.bytes
   FROM read_parquet($duplicates) AS d JOIN read_parquet($basics) AS b USING (uid)
-  WHERE d."group" IS NOT NULL AND d.kind <> 'exact' AND b.error IS NULL
+  WHERE d."group" IS NOT NULL AND b.error IS NULL
 ), worst AS (
   SELECT "group", arg_min(uid, (bytes, uid)) AS uid, min(bytes) AS bytes
-  FROM copies WHERE NOT representative GROUP BY "group"
+  FROM copies WHERE NOT representative AND kind = 'perceptual' GROUP BY "group"
 )
 SELECT best.uid AS best, worst.uid AS worst
 FROM copies AS best JOIN worst USING ("group") WHERE best.representative AND worst.bytes <= {WORSE} * best.bytes ORDER BY best.uid

@@ -9,13 +9,13 @@ from curation.shards import write_table
 from curation.tag_natural import confirm, find_pairs
 from curation.tags import Tag
 
-COPIES = {  # uid -> (group, representative, kind, bytes, value of feature 7)
-    **{f"best{i}": (i, True, "perceptual", 1000, 0.0) for i in range(8)},
+COPIES = {  # uid -> (group, representative (which is an exact copy of itself), kind, bytes, value of feature 7)
+    **{f"best{i}": (i, True, "exact", 1000, 0.0) for i in range(8)},
     **{f"mid{i}": (i, False, "perceptual", 600, 0.0) for i in range(8)},
     **{f"worst{i}": (i, False, "perceptual", 300, 2.0 if i else 0.0) for i in range(8)},
     "same_best": (20, True, "exact", 1000, 0.0),
     "same": (20, False, "exact", 100, 9.0),
-    "near_best": (21, True, "perceptual", 1000, 0.0),
+    "near_best": (21, True, "exact", 1000, 0.0),
     "near": (21, False, "perceptual", 900, 9.0),
     "alone": (None, True, "unique", 1000, 9.0),
 }
