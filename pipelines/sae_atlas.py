@@ -56,7 +56,8 @@ def atlas(
     if contrast is not None:
         from curation import contrast_set
 
-        contrasts = contrast_set.read(images, fitted.tower, only, device, seed, contrast)
+        of_kinds = contrast_set.sources_of(manifest) if manifest else None
+        contrasts = contrast_set.read(images, fitted.tower, of_kinds, device, seed, contrast)
     looked = firing.of_run(fitted, run, limit) if run else firing.of_images(fitted, images, device, limit, only)
     num = write(looked, contrasts, second, folder, device)
     print(json.dumps({"out": str(folder / "index.html"), "features": fitted.sae.num_features, "images": len(looked.uids), "alive": num}))
