@@ -84,7 +84,7 @@ def cards(
     Yields:
         feature, threshold (of the tag), fires (the SAE's), rate (share of the images on which it fires), above (images over the
         threshold), largest, strips {name: [[image, value]]}, histogram {low, high, counts {group: [BINS]}}, near [[feature, cosine]],
-        and where known families [{name, role, severity, num, share, upper, auroc}], match {feature, correlation},
+        and where known made (of a tag: see `made`), families [{name, role, severity, num, share, upper, auroc}], match {feature, correlation},
         row (of the tag table), evidence (of tags.json).
     """
     fitted, num = looked.fitted, len(looked.uids)
@@ -122,6 +122,7 @@ def cards(
             if changed is not None:
                 found["families"] = families(contrast, changed[:, :, j], cut[feature])
                 groups |= _by_role(contrast, changed[:, :, j])
+                found["made"] = made(contrast, changed[:, :, j]) if found["row"] or found["evidence"] else []
             found["histogram"] = histogram(groups, [cut[feature], fires[feature]])
             if alike is not None:
                 found["match"] = {"feature": int(alike[0][j]), "correlation": float(alike[1][j])}
@@ -166,6 +167,16 @@ def families(contrast: Any, values: np.ndarray, threshold: float) -> list[dict[s
         entry = {"name": family.name, "role": family.role, "severity": int(family.severity), "num": len(column)}
         found.append(entry | {"share": above / len(column), "upper": upper, "auroc": against})
     return found
+
+
+def made(contrast: Any, values: np.ndarray) -> list[list[float]]:
+    """The damaged pictures to which a feature answers most, each picture once: [picture, family, value]. Values (N, F) as `families`."""
+    damage = [i for i, family in enumerate(contrast.families) if family.role == "damage"]
+    column = np.nan_to_num(values[:, damage], nan=-np.inf)
+    best = column.argmax(1)
+    largest = column[np.arange(len(column)), best]
+    order = [i for i in np.argsort(-largest, kind="stable")[:STRIP] if np.isfinite(largest[i])]
+    return [[int(i), damage[best[i]], float(largest[i])] for i in order]
 
 
 def _by_role(contrast: Any, values: np.ndarray) -> dict[str, np.ndarray]:
