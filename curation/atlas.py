@@ -56,12 +56,10 @@ def strips(values: np.ndarray, threshold: float, fires: float, below: bool) -> d
 def thresholds(fitted: Fitted) -> np.ndarray:
     """(m,) per feature the threshold of its tag, else the SAE's own."""
     found = fitted.sae.threshold.numpy().astype(np.float64).copy()
-    evidence = _evidence(fitted)
+    for feature, entry in _evidence(fitted).items():
+        found[feature] = entry.get("threshold", found[feature])
     for row in reviews.read_rows(fitted.folder):
         found[row["feature"]] = row["threshold"]
-    for feature, entry in evidence.items():
-        if "threshold" in entry and feature not in {row["feature"] for row in reviews.read_rows(fitted.folder)}:
-            found[feature] = entry["threshold"]
     return found
 
 
@@ -84,8 +82,8 @@ def cards(
     Yields:
         feature, threshold (of the tag), fires (the SAE's), rate (share of the images on which it fires), above (images over the
         threshold), largest, strips {name: [[image, value]]}, histogram {low, high, counts {group: [BINS]}}, near [[feature, cosine]],
-        and where known made (of a tag: see `made`), families [{name, role, severity, num, share, upper, auroc}], match {feature, correlation},
-        row (of the tag table), evidence (of tags.json).
+        and where known made (of a tag: see `made`), families [{name, role, severity, num, share, upper, auroc}], match {feature,
+        correlation}, row (of the tag table), evidence (of tags.json).
     """
     fitted, num = looked.fitted, len(looked.uids)
     chosen = np.arange(fitted.sae.num_features) if features is None else np.array(list(features), np.int64)
