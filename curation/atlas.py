@@ -56,12 +56,10 @@ def strips(values: np.ndarray, threshold: float, fires: float, below: bool) -> d
 def thresholds(fitted: Fitted) -> np.ndarray:
     """(m,) per feature the threshold of its tag, else the SAE's own."""
     found = fitted.sae.threshold.numpy().astype(np.float64).copy()
-    evidence = _evidence(fitted)
+    for feature, entry in _evidence(fitted).items():
+        found[feature] = entry.get("threshold", found[feature])
     for row in reviews.read_rows(fitted.folder):
         found[row["feature"]] = row["threshold"]
-    for feature, entry in evidence.items():
-        if "threshold" in entry and feature not in {row["feature"] for row in reviews.read_rows(fitted.folder)}:
-            found[feature] = entry["threshold"]
     return found
 
 
@@ -84,8 +82,8 @@ def cards(
     Yields:
         feature, threshold (of the tag), fires (the SAE's), rate (share of the images on which it fires), above (images over the
         threshold), largest, strips {name: [[image, value]]}, histogram {low, high, counts {group: [BINS]}}, near [[feature, cosine]],
-        and where known families [{name, role, severity, num, share, upper, auroc}], match {feature, correlation},
-        row (of the tag table), evidence (of tags.json).
+        and where known made (of a tag: see `made`), families [{name, role, severity, num, share, upper, auroc}], match {feature,
+        correlation}, row (of the tag table), evidence (of tags.json).
     """
     fitted, num = looked.fitted, len(looked.uids)
     chosen = np.arange(fitted.sae.num_features) if features is None else np.array(list(features), np.int64)
@@ -122,6 +120,7 @@ def cards(
             if changed is not None:
                 found["families"] = families(contrast, changed[:, :, j], cut[feature])
                 groups |= _by_role(contrast, changed[:, :, j])
+                found["made"] = made(contrast, changed[:, :, j]) if found["row"] or found["evidence"] else []
             found["histogram"] = histogram(groups, [cut[feature], fires[feature]])
             if alike is not None:
                 found["match"] = {"feature": int(alike[0][j]), "correlation": float(alike[1][j])}
@@ -166,6 +165,16 @@ def families(contrast: Any, values: np.ndarray, threshold: float) -> list[dict[s
         entry = {"name": family.name, "role": family.role, "severity": int(family.severity), "num": len(column)}
         found.append(entry | {"share": above / len(column), "upper": upper, "auroc": against})
     return found
+
+
+def made(contrast: Any, values: np.ndarray) -> list[list[float]]:
+    """The damaged pictures to which a feature answers most, each picture once: [picture, family, value]. Values (N, F) as `families`."""
+    damage = [i for i, family in enumerate(contrast.families) if family.role == "damage"]
+    column = np.nan_to_num(values[:, damage], nan=-np.inf)
+    best = column.argmax(1)
+    largest = column[np.arange(len(column)), best]
+    order = [i for i in np.argsort(-largest, kind="stable")[:STRIP] if np.isfinite(largest[i])]
+    return [[int(i), damage[best[i]], float(largest[i])] for i in order]
 
 
 def _by_role(contrast: Any, values: np.ndarray) -> dict[str, np.ndarray]:

@@ -18,6 +18,7 @@ import jinja2
 import numpy as np
 
 from curation import sprites
+from curation.contrast import DAMAGE
 from curation.shards import write_bytes
 from curation.sprites import jpeg, sprite, unpacked
 
@@ -45,7 +46,13 @@ def check_out(out: str) -> Path:
 
 
 def write_feature(
-    found: dict[str, Any], uids: list[str], below: bool, thumbnails: dict[int, bytes], details: list[dict[str, Any]], folder: Path
+    found: dict[str, Any],
+    uids: list[str],
+    below: bool,
+    thumbnails: dict[int, bytes],
+    details: list[dict[str, Any]],
+    damaged: list[tuple[str, float, bytes]],
+    folder: Path,
 ) -> dict[str, Any]:
     """Write the files of one feature and return its line in the list.
 
@@ -55,21 +62,23 @@ def write_feature(
         below: Whether values under the SAE's threshold are known.
         thumbnails: image -> JPEG; an image that could not be read is not in it.
         details: Per image shown in detail: uid, heat (JPEG or None) and crop (JPEG).
+        damaged: Pictures that were damaged on purpose: label, value, JPEG.
         folder: Of the atlas.
     """
     place = folder / "features"
     shown = list(dict.fromkeys(i for rows in found["strips"].values() for i, _ in rows if i in thumbnails))
-    sheet, boxes = sprite([unpacked(thumbnails[i]) for i in shown])
-    where = dict(zip(shown, boxes, strict=True))
+    sheet, boxes = sprite([unpacked(thumbnails[i]) for i in shown] + [unpacked(encoded) for *_, encoded in damaged])
+    where = dict(zip(shown, boxes, strict=False))
     content = {
         key: found[key] for key in ("feature", "threshold", "fires", "rate", "above", "num", "largest", "histogram", "near", "evidence")
     }
     content["below"] = below
     content["strips"] = {name: [[uids[i], value, where.get(i)] for i, value in rows] for name, rows in found["strips"].items()}
+    content["strips"]["damaged"] = [[*one[:2], box] for one, box in zip(damaged, boxes[len(shown) :], strict=True)]
     content["families"] = found.get("families", [])
     content["match"] = found.get("match")
     content["sprite"] = _size(boxes)
-    if shown:
+    if boxes:
         (place / f"{found['feature']}.jpg").write_bytes(sheet)
     fired = list(dict.fromkeys(i for rows in found["strips"].values() for i, value in rows if value > found["fires"] and i in thumbnails))
     if fired:
@@ -93,7 +102,8 @@ def line(found: dict[str, Any], covered: bool) -> dict[str, Any]:
         if family["role"] == "damage" and family["auroc"] is not None:
             damage.setdefault(family["name"], []).append(family["auroc"])
     best = {name: float(np.mean(values)) for name, values in damage.items()}
-    best = {name: value for name, value in evidence.get("auroc", {}).items() if isinstance(value, int | float)} or best
+    measured = {name: value for name, value in evidence.get("auroc", {}).items() if name in DAMAGE and value is not None}
+    best = measured or best
     kind = max(best, key=best.get, default=None)
     names = [name if isinstance(name, str) else str(name.get("name", "")) for name in evidence.get("names", [])]
     return {

@@ -56,7 +56,8 @@ def atlas(
     if contrast is not None:
         from curation import contrast_set
 
-        contrasts = contrast_set.read(images, fitted.tower, only, device, seed, contrast)
+        of_kinds = contrast_set.sources_of(manifest) if manifest else None
+        contrasts = contrast_set.read(images, fitted.tower, of_kinds, device, seed, contrast)
     looked = firing.of_run(fitted, run, limit) if run else firing.of_images(fitted, images, device, limit, only)
     num = write(looked, contrasts, second, folder, device)
     print(json.dumps({"out": str(folder / "index.html"), "features": fitted.sae.num_features, "images": len(looked.uids), "alive": num}))
@@ -78,9 +79,19 @@ def write(looked: Firing, contrast: Any, other: firing.Fitted | None, folder: An
     thumbnails: dict[int, bytes] = {}
     details: dict[int, list[dict[str, Any]]] = {}
     place = {looked.uids[i]: i for i in shown}
+    damaged: dict[int, list[tuple[str, float, bytes]]] = {}
+    remade: dict[str, list[tuple[int, int, float]]] = {}  # uid -> (feature, family, value) of the pictures to damage once more
+    for card in found:
+        for picture, family, value in card.get("made", []):
+            remade.setdefault(contrast.uids[picture], []).append((card["feature"], family, value))
     encode = loaded(fitted.tower, device)
-    images = firing.pictures(looked.shards, place)
-    for uid, decoded in tqdm(images, total=len(place), desc="pictures", unit="image", file=sys.stderr, disable=quiet):
+    uids = place.keys() | remade.keys()
+    images = firing.pictures(looked.shards, uids)
+    for uid, decoded in tqdm(images, total=len(uids), desc="pictures", unit="image", file=sys.stderr, disable=quiet):
+        for feature, family, value in remade.get(uid, []):
+            damaged.setdefault(feature, []).append(again(contrast, uid, decoded, family, value))
+        if uid not in place:
+            continue
         thumbnails[place[uid]] = sprites.jpeg(sprites.thumbnail(decoded.pixels), 92)
         for feature, detail in detailed(encode, fitted, uid, decoded, wanted.get(uid, {})).items():
             details.setdefault(feature, []).append(detail)
@@ -88,9 +99,19 @@ def write(looked: Firing, contrast: Any, other: firing.Fitted | None, folder: An
     for card in tqdm(found, desc="write", unit="feature", file=sys.stderr, disable=quiet):
         order = {looked.uids[i]: k for k, (i, _) in enumerate(card["strips"]["strongest"] + card["strips"]["above"])}
         mine = sorted(details.get(card["feature"], []), key=lambda detail: order[detail["uid"]])
-        lines.append(write_feature(card, looked.uids, looked.below, thumbnails, mine, folder))
+        changed = sorted(damaged.get(card["feature"], []), key=lambda one: -one[1])
+        lines.append(write_feature(card, looked.uids, looked.below, thumbnails, mine, changed, folder))
     write_index(lines, firing.summary(looked) | {"other": other.model if other else None}, folder)
     return sum(card["rate"] > 0 for card in found)
+
+
+def again(contrast: Any, uid: str, decoded: Decoded, family: int, value: float) -> tuple[str, float, bytes]:
+    """A picture of a contrast set damaged once more: label, value, JPEG."""
+    from curation import contrast_set
+
+    kind = contrast.families[family]
+    picture = contrast_set.changed(decoded.pixels, kind, contrast_set.generator(uid, kind, contrast.seed))
+    return f"{kind.name.replace('_', ' ')} {kind.severity}", value, sprites.jpeg(sprites.thumbnail(picture), 92)
 
 
 def detailed(encode: Encoder, fitted: firing.Fitted, uid: str, decoded: Decoded, features: dict[int, float]) -> dict[int, dict[str, Any]]:

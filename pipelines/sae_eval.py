@@ -9,6 +9,7 @@ import torch
 
 from curation import firing, sae, sae_eval
 from curation.firing import Firing, read_fitted
+from curation.labelled import read_manifest
 from curation.sae_eval import MATCHED, NEIGHBOURS, ROWS
 from curation.tags import PARTS
 from curation.towers import Siglip
@@ -29,6 +30,7 @@ WORDS = {
 def evaluate(
     model: str,
     images: str | None = None,
+    manifest: str | None = None,
     run: str | None = None,
     other: tuple[str, ...] = (),
     contrast: str | None = None,
@@ -42,6 +44,7 @@ def evaluate(
     Args:
         model: Packaged name (sae-effnet) or folder.
         images: Folder, tars or Parquet.
+        manifest: With --images, a TSV as for `k2 sae tag`; only its real images are used.
         run: An annotated run with the vectors of this tower instead.
         other: SAEs of other seeds on the same tower: which features come back?
         contrast: Folder in which `k2 sae tag --kept` keeps vectors of damaged pictures; adds the table of damage against a linear
@@ -62,7 +65,8 @@ def evaluate(
     for name, one in others.items():
         if one.tower.identity != fitted.tower.identity:
             raise ValueError(f"--other {name} was fitted on {one.tower.identity}, {model} on {fitted.tower.identity}: nothing to compare")
-    looked = firing.of_run(fitted, run) if run else firing.of_images(fitted, images, device)
+    only = {row["path"] for row in read_manifest(manifest) if row["label"] == "real"} if manifest else None
+    looked = firing.of_run(fitted, run) if run else firing.of_images(fitted, images, device, only=only)
     if looked.vectors is None:
         raise ValueError(f"{run} holds codes and no vectors of {fitted.tower.name}: what an SAE loses cannot be seen in its codes")
     words = text_vectors(fitted.tower, texts, device) if texts else None
@@ -74,7 +78,8 @@ def evaluate(
     if contrast is not None:
         from curation import contrast_set
 
-        report["artifacts"] = sae_eval.artifacts(fitted.sae, contrast_set.read(images, fitted.tower, None, device, seed, contrast))
+        of_kinds = contrast_set.sources_of(manifest) if manifest else None
+        report["artifacts"] = sae_eval.artifacts(fitted.sae, contrast_set.read(images, fitted.tower, of_kinds, device, seed, contrast))
     show(figures, report)
     print(json.dumps(report))
     return 0

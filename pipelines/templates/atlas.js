@@ -6,7 +6,8 @@
   const count = columns.feature.length;
   const place = new Map(columns.feature.map((feature, i) => [feature, i]));
   const VERDICTS = ["artifact", "style", "content", "mixed", "unknown"];
-  const PAGE = 48;
+  const PAGE = 48; // tiles
+  const WORST = 8; // families in a table before one asks for more
   const $ = (id) => document.getElementById(id);
   const [search, sort, show, reviewer, blind] = ["search", "sort", "show", "reviewer", "blind"].map($);
 
@@ -209,6 +210,7 @@
     upper: ["Upper quarter", "of the images on which it fires", ""],
     middle: ["Middle", "of the images on which it fires", ""],
     lower: ["Lower quarter", "of the images on which it fires", ""],
+    damaged: ["Damaged on purpose", "the pictures of the contrast set to which it answers most, with the kind of damage and its severity", ""],
     above: ["Just above the threshold", "with the verdict artifact these are removed: is every one of them damaged?", "over"],
     below: ["Just below the threshold", "these stay", "under"],
   };
@@ -223,8 +225,8 @@
   function strips(feature, card) {
     const parts = [];
     for (const [name, [title, why, side]] of Object.entries(ROWS)) {
-      const items = card.strips[name];
-      if (!items.length && (name === "upper" || name === "middle" || name === "lower")) continue;
+      const items = name === "damaged" && hidden(feature) ? [] : card.strips[name];
+      if (!items.length && ["upper", "middle", "lower", "damaged"].includes(name)) continue;
       const empty = name === "below" && !card.below ? "This run holds only codes: values under the threshold are not known." : "None of these images.";
       parts.push(make("section", { class: `strip ${side}` }, make("h3", {}, title, name === "above" || name === "below" ? make("span", { class: "soft" }, ` ${figure(card.threshold)}`) : null),
         make("p", {}, why), items.length ? make("div", { class: "row" }, ...items.map((one) => item(feature, card, one))) : make("p", {}, empty)));
@@ -287,9 +289,10 @@
     const ordered = [...kinds].map(([name, points]) => [name, points.sort((a, b) => a[0] - b[0])]).sort((a, b) => Math.max(...b[1].map((p) => p[1])) - Math.max(...a[1].map((p) => p[1])));
     const [left, right, top, bottom] = [30, 330, 8, 150];
     const svg = draw("svg", { viewBox: "0 0 440 172", role: "img", "aria-label": "share of damaged pictures above the threshold, by severity" });
-    const y = (share) => bottom - (bottom - top) * share;
+    const most = Math.min(1, Math.max(0.1, Math.ceil(10 * Math.max(...damage.map((family) => family.share))) / 10));
+    const y = (share) => bottom - ((bottom - top) * share) / most;
     const x = (severity) => left + ((right - left) * severity) / 5;
-    for (const share of [0, 0.5, 1]) svg.append(draw("line", { x1: left, x2: right, y1: y(share), y2: y(share), class: "axis" }), draw("text", { x: left - 4, y: y(share) + 4, "text-anchor": "end" }, `${100 * share}%`));
+    for (const share of [0, most / 2, most]) svg.append(draw("line", { x1: left, x2: right, y1: y(share), y2: y(share), class: "axis" }), draw("text", { x: left - 4, y: y(share) + 4, "text-anchor": "end" }, `${Math.round(100 * share)}%`));
     for (let severity = 0; severity <= 5; severity++) svg.append(draw("text", { x: x(severity), y: bottom + 15, "text-anchor": "middle" }, severity || "clean"));
     const taken = [];
     [...ordered.entries()].reverse().forEach(([i, [name, points]]) => {
@@ -307,18 +310,20 @@
   function harmless(card) {
     const rows = card.families.filter((family) => family.role !== "damage").sort((a, b) => b.share - a.share || b.upper - a.upper);
     if (!rows.length) return null;
-    const body = rows.map((family) => make("tr", {}, make("td", {}, family.name.replaceAll("_", " ")), make("td", { class: "soft" }, family.role),
+    const shownRows = (some) => some.map((family) => make("tr", {}, make("td", {}, family.name.replaceAll("_", " ")), make("td", { class: "soft" }, family.role),
       make("td", { class: "num" }, percent(family.share)), make("td", { class: "num" }, percent(family.upper)), make("td", { class: "num" }, number(family.num))));
     const head = ["picture", "", "above", "at most", "pictures"].map((text, i) => make("th", { class: i > 1 ? "num" : "" }, text));
-    return make("section", { class: "panel" }, make("h3", {}, "What must stay"), make("div", { class: "scroll" }, make("table", {}, make("thead", {}, make("tr", {}, ...head)), make("tbody", {}, ...body))),
+    return make("section", { class: "panel" }, make("h3", {}, "What must stay"), make("table", {}, make("thead", {}, make("tr", {}, ...head)), make("tbody", {}, ...shownRows(rows.slice(0, WORST)))),
+      rows.length > WORST ? make("details", {}, make("summary", {}, `${rows.length - WORST} more`), make("table", {}, make("tbody", {}, ...shownRows(rows.slice(WORST))))) : null,
       make("p", {}, "Style and controls above the threshold; “at most” is the 95 % upper bound."));
   }
 
   function evidence(card) {
     const found = card.evidence;
+    const roles = new Map(card.families.map((family) => [family.name, family.role]));
     const lines = [];
     for (const name of found.names || []) lines.push(make("tr", {}, make("td", {}, typeof name === "string" ? name : name.name), make("td", { class: "num" }, typeof name === "string" ? "proposed name" : [name.by, name.score ?? name.cosine].filter((part) => part !== undefined && part !== null).map((part) => (typeof part === "number" ? figure(part) : part)).join(" "))));
-    for (const [name, value] of Object.entries(found.auroc || {}).filter(([, value]) => typeof value === "number").sort((a, b) => b[1] - a[1]).slice(0, 6)) lines.push(make("tr", {}, make("td", {}, `AUROC ${name.replaceAll("_", " ")}`), make("td", { class: "num" }, figure(value))));
+    for (const [name, value] of Object.entries(found.auroc || {}).filter(([, value]) => typeof value === "number").sort((a, b) => b[1] - a[1]).slice(0, 6)) lines.push(make("tr", {}, make("td", {}, `AUROC ${name.replaceAll("_", " ")}`, make("span", { class: "soft" }, roles.has(name) ? ` ${roles.get(name)}` : "")), make("td", { class: "num" }, figure(value))));
     for (const name of ["p", "selectivity", "stability"]) if (typeof found[name] === "number") lines.push(make("tr", {}, make("td", {}, name), make("td", { class: "num" }, figure(found[name]))));
     if (card.match) lines.push(make("tr", {}, make("td", {}, `most alike in ${data.other}: feature ${card.match.feature}`), make("td", { class: "num" }, `correlation ${figure(card.match.correlation)}`)));
     return lines.length ? make("section", { class: "panel" }, make("h3", {}, "Evidence"), make("table", {}, make("tbody", {}, ...lines))) : null;
@@ -358,7 +363,7 @@
         make("div", { class: "head" }, make("h2", {}, `${feature}`, make("span", { class: "soft" }, nameOf(i) ? ` · ${nameOf(i)}` : "")), walk),
         make("ul", { class: "facts" }, fact(percent(card.rate), "of the images"), fact(`${number(card.above)} of ${number(card.num)}`, "above the threshold"), fact(figure(card.threshold), "threshold"), fact(figure(card.largest), "largest value")),
         verdicts(i), ...strips(feature, card), details(feature, card) ?? "",
-        make("div", { class: "charts" }, histogram(card), ...[dose(card), harmless(card), hidden(feature) ? null : evidence(card)].filter(Boolean)),
+        make("div", { class: "charts" }, histogram(card), ...[dose(card), hidden(feature) ? null : evidence(card), harmless(card)].filter(Boolean)),
         make("section", {}, make("h3", {}, "Nearest features"), make("div", { class: "near" }, ...near)));
       for (const id of ["grid", "more"]) $(id).hidden = true;
       $("card").hidden = false;

@@ -63,11 +63,11 @@ def atlas(tmp_path_factory) -> Path:
         card = made_up_card(feature, uids, rng)
         details = [{"uid": uid, "heat": pictures[3], "crop": pictures[4]} for uid in uids[:3]]
         if feature < 4:
-            lines.append(write_feature(card, uids, True, pictures, details, folder))
+            lines.append(write_feature(card, uids, True, pictures, details, [("jpeg 3", 1.5, pictures[5])], folder))
             continue
         if feature == 2049:
             card["strips"]["below"] = []
-        lines.append(write_feature(card, uids, False, {}, [], folder))
+        lines.append(write_feature(card, uids, False, {}, [], [], folder))
     (folder / "features" / f"{NUM - 1}.js").unlink()
     write_index(
         lines, {"model": "sae-here", "tower": TOWER, "weights": WEIGHTS, "other": "sae-other", "num_images": 30, "evaluation": {}}, folder
@@ -165,7 +165,12 @@ def test_a_card_loads_when_it_is_opened_and_shows_its_pictures(page, atlas):
     asked = [url.rpartition("/")[2] for url in page.asked if "/features/" in url]
     assert "1.js" in asked and {name for name in asked if name.endswith(".js")} <= {"1.js", "2049.js"}, "this one, and the next"
     titles = page.locator("#card h3").all_inner_texts()
-    assert titles[:2] == ["Strongest", "Upper quarter"] and "Just above the threshold 1" in titles and "Dose" in titles
+    assert (
+        titles[:3] == ["Strongest", "Upper quarter", "Damaged on purpose"]
+        and "jpeg 3" in page.inner_text("#card")
+        and "Just above the threshold 1" in titles
+        and "Dose" in titles
+    )
     assert page.locator("#card .strip.over .item").count() == 8 and page.locator("#card .strip.under .item").count() == 6
     backgrounds = page.eval_on_selector_all("#card .pic", "pics => pics.map(pic => getComputedStyle(pic).backgroundImage)")
     assert all("/features/1" in background for background in backgrounds) and len(backgrounds) > 30

@@ -54,6 +54,15 @@ def test_families_are_counted_on_pictures_that_took_no_part_in_any_choice():
     assert found["mist", 0]["role"] == "style" and found["mirror", 0]["role"] == "control"
 
 
+def test_the_damaged_pictures_to_show_are_the_strongest_each_once():
+    whole = contrasts()
+    found = atlas.made(whole, whole.vectors[:, :, 0])
+    assert len({picture for picture, *_ in found}) == len(found) == atlas.STRIP
+    assert {whole.families[family] for _, family, _ in found} == {("seen", "damage", 5)}
+    values = [value for *_, value in found]
+    assert values == sorted(values, reverse=True) and values[0] == pytest.approx(float(whole.vectors[:, 2, 0].max()))
+
+
 def test_the_upper_bound_is_that_of_clopper_and_pearson():
     whole = contrasts()
     values = np.zeros(whole.vectors.shape[:2])
