@@ -4,7 +4,7 @@ import io
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 from scipy.ndimage import gaussian_filter
 
 from curation import compact
@@ -23,9 +23,9 @@ def thumbnail(image: np.ndarray, size: int = THUMBNAIL) -> np.ndarray:
     return np.asarray(small)
 
 
-def square(image: np.ndarray, side: int) -> np.ndarray:
-    """A square picture resized to `side`."""
-    return np.asarray(Image.fromarray(np.ascontiguousarray(image)).resize((side, side), Image.Resampling.LANCZOS))
+def filled(image: np.ndarray, width: int, height: int) -> np.ndarray:
+    """The middle of a picture that fills width x height."""
+    return np.asarray(ImageOps.fit(Image.fromarray(image), (width, height), Image.Resampling.LANCZOS))
 
 
 def sprite(pictures: list[np.ndarray], quality: int = 80) -> tuple[bytes, list[list[int]]]:

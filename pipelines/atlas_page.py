@@ -24,7 +24,7 @@ from curation.sprites import jpeg, sprite, unpacked
 
 TEMPLATES = Path(__file__).parent / "templates"
 FILES = {"index.html", "atlas.css", "atlas.js", "data.js", "features"}
-TILE, TILES = 92, (3, 2)  # pixels and places (across, down) of the pictures on a cover
+COVER, COVERS = (276, 184), ((3, 2), (2, 1), (1, 1))  # pixels (across, down) of a cover, and how pictures share it
 COLUMNS = (
     "feature", "tag", "name", "words", "verdict", "reviewers", "threshold", "rate", "above", "largest", "kind", "auroc", "style",
     "match", "cover",
@@ -82,7 +82,7 @@ def write_feature(
         (place / f"{found['feature']}.jpg").write_bytes(sheet)
     fired = list(dict.fromkeys(i for rows in found["strips"].values() for i, value in rows if value > found["fires"] and i in thumbnails))
     if fired:
-        (place / f"{found['feature']}-cover.jpg").write_bytes(cover([unpacked(thumbnails[i]) for i in fired[: TILES[0] * TILES[1]]]))
+        (place / f"{found['feature']}-cover.jpg").write_bytes(cover([unpacked(thumbnails[i]) for i in fired[:6]]))
     parts = [(one["uid"], [one[name] for name in ("heat", "crop")]) for one in details]
     sheet, boxes = sprite([unpacked(part) for _, pair in parts for part in pair if part], 90)
     if parts:
@@ -148,16 +148,11 @@ def write_index(lines: Iterable[dict[str, Any]], facts: dict[str, Any], folder: 
 
 
 def cover(pictures: list[np.ndarray]) -> bytes:
-    """Squares of a few pictures side by side, as JPEG: what a feature looks like in the list."""
-    across, down = TILES
-    sheet = np.full((down * TILE, across * TILE, 3), 128, np.uint8)
-    for k, picture in enumerate(pictures[: across * down]):
-        height, width = picture.shape[:2]
-        side = min(height, width)
-        top, left = (height - side) // 2, (width - side) // 2
-        square = sprites.square(picture[top : top + side, left : left + side], TILE)
-        sheet[k // across * TILE : k // across * TILE + TILE, k % across * TILE : k % across * TILE + TILE] = square
-    return jpeg(sheet, 75)
+    """One, two or six pictures side by side, as JPEG: what a feature looks like in the list."""
+    across, down = next(grid for grid in COVERS if len(pictures) >= grid[0] * grid[1])
+    width, height = COVER[0] // across, COVER[1] // down
+    rows = [np.concatenate([sprites.filled(one, width, height) for one in pictures[i * across :][:across]], 1) for i in range(down)]
+    return jpeg(np.concatenate(rows), 75)
 
 
 def rounded(value: Any) -> Any:

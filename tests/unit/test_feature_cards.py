@@ -16,6 +16,7 @@ from curation.fitted import tower_spec
 from curation.shards import file_hash, write_json
 from curation.towers import Compact, EffNet
 from pipelines import sae as command
+from pipelines.atlas_page import cover
 
 FEATURES = 12
 
@@ -97,6 +98,13 @@ def test_a_sprite_holds_every_picture_where_it_says():
     for picture, (left, top, width, height) in zip(pictures, boxes, strict=True):
         inside = sheet[top + 4 : top + height - 4, left + 4 : left + width - 4].astype(int)
         assert (height, width) == picture.shape[:2] and abs(inside - int(picture[0, 0, 0])).max() < 12
+
+
+@pytest.mark.parametrize("num, right", [(1, 0), (2, 1), (5, 1), (6, 2), (9, 2)])
+def test_a_cover_is_filled_by_one_two_or_six_pictures(num, right):
+    pictures = [np.full((90, 128, 3), 25 * i, np.uint8) for i in range(num)]
+    sheet = np.asarray(Image.open(io.BytesIO(cover(pictures)))).astype(int)
+    assert sheet.shape == (184, 276, 3) and abs(sheet[5, 5, 0]) < 8 and abs(sheet[5, -5, 0] - 25 * right) < 8
 
 
 def test_pixels_at_native_scale_are_not_resized():
