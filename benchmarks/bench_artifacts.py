@@ -29,13 +29,13 @@ from curation import contrast_set, tag_names
 from curation import tag_statistics as statistics
 from curation.contrast_set import ContrastSet
 from curation.decode import decode
+from curation.firing import read_fitted
 from curation.siglip_text import embed_texts
 from curation.stages import defects
 from curation.tag_evidence import random_control, together
 from curation.tag_select import VISIBLE, Cuts, Rules, Selection, Values, feature_values, greedy, harmless, kinds, score, select
 from curation.towers import Siglip, available
 from pipelines.run_folder import commit, versions
-from pipelines.sae_tag import with_tower
 
 ROOT = Path(__file__).parents[1]
 COMMON = ("jpeg", "watermark", "letterbox", "soft_upscale", "oversharpen", "sensor_noise", "posterise", "screenshot")  # on the web
@@ -79,7 +79,8 @@ def main(
         picture: Where to draw the comparison with the quality score.
     """
     began = time.process_time()
-    fitted, tower = with_tower(model)
+    known = read_fitted(model)
+    fitted, tower = known.sae, known.tower
     only, rules, rng = contrast_set.sources_of(manifest), Rules(budget=budget), np.random.default_rng(0)
     contrast = contrast_set.read(images, tower, only, kept=kept)
     fit, estimate, report = (feature_values(fitted, contrast, part) for part in ("fit", "estimate", "report"))

@@ -5,25 +5,23 @@ beside it holds, per feature, the verdict on which all reviewers agree ("mixed" 
 reviewers is a proposal of `k2 sae tag`, and removes nothing.
 """
 
-import csv
-import io
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from curation.fitted import read_json
-from curation.shards import write_bytes, write_json
-from curation.tags import VERDICTS
+from curation.shards import write_json
+from curation.tags import VERDICTS, Tag, read_csv, write_csv
 
-COLUMNS = ("model", "feature", "tag", "verdict", "threshold", "reviewers", "tower", "weights")
 KIND = "k2 sae choices"  # what the page exports
 REVIEWS_FILE = "reviews.json"
 UNNAMED = "unnamed"
 
-Row = dict[str, Any]  # of the tag table, COLUMNS as keys
+Row = dict[str, Any]  # of the tag table: the fields of a Tag
 
 
 def table_path(folder: Path) -> Path:
@@ -34,20 +32,12 @@ def table_path(folder: Path) -> Path:
 def read_rows(folder: Path) -> list[Row]:
     """The tag table of an SAE's folder; none when there is no table yet."""
     path = table_path(folder)
-    if not path.is_file():
-        return []
-    with open(path, newline="") as file:
-        found = list(csv.DictReader(file))
-    return [dict.fromkeys(COLUMNS, "") | row | {"feature": int(row["feature"]), "threshold": float(row["threshold"])} for row in found]
+    return [asdict(tag) for tag in read_csv(path)] if path.is_file() else []
 
 
 def write_rows(rows: list[Row], folder: Path) -> None:
     """Write the tag table, by feature."""
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, COLUMNS, lineterminator="\n", extrasaction="ignore")
-    writer.writeheader()
-    writer.writerows(row | {"threshold": f"{row['threshold']:.6g}"} for row in sorted(rows, key=lambda row: row["feature"]))
-    write_bytes(buffer.getvalue().encode(), table_path(folder))
+    write_csv([Tag(**row) for row in sorted(rows, key=lambda row: row["feature"])], table_path(folder))
 
 
 def read_choices(path: str) -> dict[str, Any]:
@@ -81,7 +71,7 @@ def sign(folder: Path, tower: str, weights: str, reviewer: str, choices: Mapping
     name = reviewer.strip()
     if not name or ";" in name or not name.isprintable():
         raise ValueError(f"reviewer {reviewer!r}: give a name in one line, without a semicolon; a sign-off is somebody's")
-    rows = {row["feature"]: row for row in read_rows(folder) if row["weights"] in ("", weights)}
+    rows = {row["feature"]: row for row in read_rows(folder) if row["weights"] == weights}
     reviews = read_reviews(folder, tower, weights)
     for key, choice in choices.items():
         feature, verdict = _feature(key, len(fires)), choice.get("verdict")

@@ -14,13 +14,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from curation.fitted import check_identity, find, read_json
+from curation.fitted import find, read_json
 from curation.shards import write_bytes, write_json
 
 WEIGHTS_FILE, INFO_FILE = "sae_weights.safetensors", "cfg.json"
@@ -69,23 +68,6 @@ def decode(sae: Sae, features: Tensor, values: Tensor, bias: bool = True) -> Ten
     """(features, values) of `encode` -> (N, d). Without the bias: what the features add to it."""
     summed = torch.einsum("nk,nkd->nd", values, sae.w_dec[features])
     return summed + sae.b_dec if bias else summed
-
-
-def codes(sae: Sae, vectors: np.ndarray, tower_identity: str, k: int = 32) -> list[list[dict[str, float]]]:
-    """(N, d) vectors of the SAE's own tower -> per row the features that fire, largest value first, at most k.
-
-    Raises:
-        ValueError: the vectors come from another tower.
-    """
-    check_identity("this SAE", sae.metadata.get("tower", "a tower that its cfg.json does not name"), tower_identity, "sae")
-    # In float64: where the weights lie in memory moves the last bit of a float32 product, and with it the bytes of an annotation.
-    big = sae.to(torch.float64)
-    features, values = encode(big, torch.from_numpy(vectors).to(big.w_enc), k)
-    values = values.float()
-    return [
-        [{"feature": f, "value": v} for f, v in zip(*row, strict=True) if v > 0]
-        for row in zip(features.tolist(), values.tolist(), strict=True)
-    ]
 
 
 def fold_normalisation(sae: Sae, mean: Tensor, scale: Tensor, matrices: torch.dtype = torch.float32) -> Sae:

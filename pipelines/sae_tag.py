@@ -13,8 +13,9 @@ import numpy as np
 
 from curation import contrast_set, sae, tag_names, tags
 from curation.decode import decode
-from curation.fitted import check_identity, find, parse_tower, read_json
-from curation.shards import file_hash, write_json
+from curation.firing import read_fitted
+from curation.fitted import check_identity
+from curation.shards import write_json
 from curation.siglip_text import embed_texts
 from curation.tag_evidence import concepts_of, evidence, random_control, stability_of, together
 from curation.tag_natural import confirm
@@ -57,14 +58,14 @@ def tag(
         device: cpu or cuda, for the tower.
         seed: Of the transforms and the controls.
     """
-    folder, rules = find(model, sae.INFO_FILE), Rules(budget=budget)
-    fitted, tower = with_tower(model)
+    rules = Rules(budget=budget)
+    known = read_fitted(model)
+    fitted, tower, folder, weights = known.sae, known.tower, known.folder, known.weights
     rivals = [_other(name, fitted.metadata["tower"]) for name in others]
     only = contrast_set.sources_of(manifest) if manifest else None
     contrast = contrast_set.read(images, tower, only, device, seed, kept)
     fit, estimate, report = (feature_values(fitted, contrast, part) for part in tags.PARTS)
     selection, own = select(fit, estimate, np.random.default_rng(seed), rules), fitted.threshold.numpy()
-    weights = file_hash(folder / sae.WEIGHTS_FILE)
     rows = [
         tags.Tag(
             folder.name, feature, "+".join(names), "artifact", float(own[feature] + selection.cuts.at[feature]), "", tower.identity, weights
@@ -155,20 +156,6 @@ def names_by_looking(
             continue
         found[feature] = tag_names.by_looking(endpoint, [remade(row) for row in above], [remade(row) for row in below])
     return found
-
-
-def with_tower(model: str) -> tuple[sae.Sae, Tower]:
-    """A fitted SAE and its tower, which must be the very one that it was fitted on.
-
-    Raises:
-        ValueError: its cfg.json names no tower, or the tower's weights have changed since.
-    """
-    metadata = read_json(find(model, sae.INFO_FILE) / sae.INFO_FILE).get("metadata", {})
-    if "tower_spec" not in metadata:
-        raise ValueError(f"{model}: its {sae.INFO_FILE} names no tower (metadata.tower_spec)")
-    tower = parse_tower(metadata["tower_spec"])
-    check_identity(model, metadata["tower"], tower.identity, "sae")
-    return sae.load(model), tower
 
 
 def _other(name: str, tower: str) -> sae.Sae:

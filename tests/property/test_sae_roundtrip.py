@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from curation import sae
+from curation import exact, sae
 from curation.sae import Sae
 
 
@@ -30,7 +30,7 @@ def test_saved_and_loaded_codes_are_equal(dim, num_features, k, half, seed):
         sae.save(model, Path(folder) / "sae", dtype)
         loaded = sae.load(f"{folder}/sae")
     vectors = np.random.default_rng(seed).normal(size=(5, dim)).astype(np.float32)
-    before, after = (sae.codes(m, vectors, "tower/1", k) for m in (model, loaded))
+    before, after = (exact.codes(exact.columns(m), vectors, k).to_pylist() for m in (model, loaded))
     assert before == after
     for row in after:
         values = [code["value"] for code in row]

@@ -115,7 +115,7 @@ def test_a_file_that_is_no_export_is_refused(tmp_path):
         reviews.read_choices(str(path))
 
 
-def test_a_table_of_before_reviews_had_columns_is_read_as_unsigned(tmp_path):
+def test_a_table_of_before_reviews_had_columns_is_refused(tmp_path):
     (tmp_path / "old.tags.csv").write_text("model,feature,tag,verdict,threshold\nold,2,watermark,artifact,0.14\n")
-    (found,) = reviews.read_rows(tmp_path / "old")
-    assert (found["feature"], found["threshold"], found["reviewers"], found["weights"]) == (2, 0.14, "", "")
+    with pytest.raises(ValueError, match="make it again with `k2 sae tag`"):
+        reviews.read_rows(tmp_path / "old")

@@ -3,7 +3,6 @@
 import json
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -57,13 +56,6 @@ def test_codes_are_the_features_that_fire_largest_first_and_decode_gives_them_ba
     torch.testing.assert_close(sae.decode(model, features, values, bias=False), dense @ model.w_dec)
     firing = dense[dense > 0]
     assert (firing > model.threshold.min()).all(), "JumpReLU never gives a value under the threshold"
-    listed = sae.codes(model, rows.numpy(), "tower/1", k=3)
-    assert [len(codes) for codes in listed] == (dense > 0).sum(1).clamp(max=3).tolist()
-
-
-def test_vectors_of_another_tower_are_refused():
-    with pytest.raises(ValueError, match=r"tower/1.*compact/forensics/1.*k2 sae fit --tower compact"):
-        sae.codes(random_sae(), np.zeros((1, 12), np.float32), "compact/forensics/1")
 
 
 def test_matrices_that_float16_would_change_are_not_saved_as_float16(tmp_path):
