@@ -249,7 +249,8 @@ def brisque() -> Callable[[np.ndarray, int], float]:
 def against_quality(
     report: Values, selection: Selection, pixels: Pixels, measure: Callable[[np.ndarray, int], float], picture: Path | None
 ) -> dict[str, Any]:
-    """At the tags' recall of visible damage (and at others): what the quality score and the tags remove of each style."""
+    """At the tags' recall of visible damage of the kinds that they name (and at others): what the quality score and they remove of each
+    style."""
     judged = pixels.measured(measure)
     at = {pair: row for row, pair in enumerate(zip(report.owner.tolist(), report.family.tolist(), strict=True))}
     pairs = sorted(pair for pair in judged if pair in at)
@@ -258,7 +259,10 @@ def against_quality(
     severity = report.severities(rows)
     names = np.array([report.families[report.family[row]].name for row in rows])
     styles = [name for name in harmless(report) if name in set(names)]
-    damaged = severity >= VISIBLE
+    known = [name for name, chosen in selection.sets.items() if chosen]  # no tag claims to find the other kinds
+    damaged = (severity >= VISIBLE) & np.isin(names, known)
+    if not damaged.any():
+        return {"num_pictures": len({owner for owner, _ in pairs}), "num_damaged": 0}
     deployed = float((tagged[damaged] > 0).mean())
 
     def at_recall(values: np.ndarray, recall: float) -> dict[str, float]:
@@ -270,6 +274,7 @@ def against_quality(
     result = {
         "num_pictures": len({owner for owner, _ in pairs}),
         "num_damaged": int(damaged.sum()),
+        "kinds": known,
         "deployed_recall": round(deployed, 4),
         "at_deployed_recall": curves[str(round(deployed, 4))],
         "by_recall": {key: {who: summary(removed) for who, removed in row.items()} for key, row in curves.items()},
@@ -298,6 +303,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
         left.barh(place + shift, [100 * removed[who][name] for name in styles], 0.4, color=color, label=who)
     left.set_yticks(place, [name.replace("_", " ") for name in styles], fontsize=8)
     left.set(xlabel="removed, % of pictures of the family", title=f"What goes at {recall:.0%} recall of visible damage")
+    left.set_xlim(0, max(1.0, left.get_xlim()[1]))
     left.legend(loc="lower right")
     levels = sorted(result["by_recall"], key=float)
     for who, color in (("tags", "#2b6cb0"), ("brisque", "#c05621")):
@@ -321,7 +327,7 @@ def lines(result: dict[str, Any]) -> str:
     found += [f"{n:<17}{r['removed']:>5} of {r['num']:<5} at most {r['upper']:.2%}" for n, r in result["removed"].items()]
     found.append(f"pictures {result['pictures']}, worst {result['worst_family']}, random SAE {result['random_sae']}")
     if result["quality"]:
-        found.append(json.dumps(result["quality"]["by_recall"]))
+        found.append(json.dumps(result["quality"].get("by_recall")))
     return "\n".join(found)
 
 
