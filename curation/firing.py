@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from curation import sae
 from curation.decode import Decoded, DecodeError, decode_for
-from curation.fitted import check_identity, find, parse_tower, read_json
+from curation.fitted import check_identity, check_pooled, find, parse_tower, read_json
 from curation.shards import file_hash
 from curation.sources import Shard, SourceChangedError, fetch, list_shards, load_listing, read_rows
 from curation.tags import part
@@ -67,12 +67,13 @@ def read_fitted(model: str) -> Fitted:
     """An SAE by packaged name or folder, with the tower that it was fitted on.
 
     Raises:
-        ValueError: there is none, it names no tower, or its tower is another one now.
+        ValueError: there is none, it names no tower, its tower is another one now, or it is one of patch tokens.
     """
     folder = find(model, sae.INFO_FILE)
     metadata = read_json(folder / sae.INFO_FILE).get("metadata", {})
     if "tower_spec" not in metadata:
         raise ValueError(f"{model}: its {sae.INFO_FILE} names no tower (metadata.tower_spec)")
+    check_pooled(model, metadata)
     tower = parse_tower(metadata["tower_spec"])
     check_identity(model, metadata["tower"], tower.identity, "sae")
     return Fitted(folder.name, folder, sae.load(model), tower, file_hash(folder / sae.WEIGHTS_FILE))

@@ -55,6 +55,18 @@ def parse_tower(spec: str) -> Tower:
     return EffNet(depths=bool(rest))
 
 
+def check_pooled(model: str, metadata: dict[str, Any]) -> None:
+    """Refuse an SAE of patch tokens where whole images are judged: its thresholds are those of a place, not of a mean over places.
+
+    Raises:
+        ValueError: it was fitted on tokens.
+    """
+    if metadata.get("vectors", "pooled") != "pooled":
+        raise ValueError(
+            f"{model} was fitted on {metadata['vectors']} of its tower; images are judged by the pooled vector: fit an SAE on those"
+        )
+
+
 def tower_spec(tower: Tower) -> str:
     """The text from which `parse_tower` makes this tower."""
     if isinstance(tower, Siglip):

@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from curation import exact, reviews, sae
 from curation.decode import ImageBatch
-from curation.fitted import check_identity, find, parse_tower, read_json
+from curation.fitted import check_identity, check_pooled, find, parse_tower, read_json
 from curation.schema import ARTIFACTS
 from curation.shards import describe, file_hash
 from curation.towers import Tower, embed, loaded
@@ -30,7 +30,7 @@ class Artifacts:
         only_tags: Only the features of <model>.tags.csv.
 
     Raises:
-        ValueError: there is no such model, it was fitted on another tower, or it has no tags.
+        ValueError: there is no such model, it was fitted on another tower or on patch tokens, or it has no tags.
     """
 
     model: str = "sae-effnet"
@@ -44,6 +44,7 @@ class Artifacts:
     def __post_init__(self):
         folder = find(self.model, sae.INFO_FILE)
         metadata = read_json(folder / sae.INFO_FILE).get("metadata", {})
+        check_pooled(self.model, metadata)
         if self.tower is None:
             if "tower_spec" not in metadata:
                 raise ValueError(f"{self.model}: its {sae.INFO_FILE} names no tower (no metadata.tower_spec); give Artifacts(tower=...)")

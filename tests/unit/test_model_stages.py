@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from curation import detector, fitted, reviews, sae, towers
+from curation import detector, firing, fitted, reviews, sae, towers
 from curation.annotate import stage_fingerprint
 from curation.decode import ImageBatch, decode
 from curation.faults import encode
@@ -158,6 +158,17 @@ def test_a_foreign_sae_needs_a_tower_by_hand(tmp_path):
     (folder / "cfg.json").write_text(json.dumps(config | {"metadata": {"sae_lens_version": "6.54.12"}}))
     with pytest.raises(ValueError, match="names no tower"):
         Artifacts(str(folder))
+
+
+def test_an_sae_of_patch_tokens_judges_no_whole_images(tmp_path):
+    folder = tmp_path / "sae"
+    shutil.copytree(fitted.WEIGHTS_DIR / "sae-effnet", folder)
+    config = json.loads((folder / "cfg.json").read_text())
+    config["metadata"]["vectors"] = "tokens"
+    (folder / "cfg.json").write_text(json.dumps(config))
+    for judge in (Artifacts, firing.read_fitted):
+        with pytest.raises(ValueError, match="was fitted on tokens of its tower"):
+            judge(str(folder))
 
 
 @pytest.mark.parametrize(
