@@ -90,7 +90,7 @@ def topk(rows: Tensor, encoder: Tensor, bias: Tensor, k: int, floor: float | Non
     values, features = best.values, features.gather(1, best.indices)
     if few.any():
         dense = torch.addmm(bias, rows[few], encoder.T).topk(k, dim=1)
-        values[few], features[few] = dense.values, dense.indices.int()
+        values[few], features[few] = dense.values.to(values.dtype), dense.indices.int()  # bfloat16 under autocast
     least = values[:, -1].kthvalue(max(1, len(rows) // 10)).values
     features, order = features.sort(dim=1)
     values = values.gather(1, order)
