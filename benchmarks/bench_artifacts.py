@@ -1,6 +1,6 @@
 """Artifact tags beside their peers, on images that took no part in discovery (part `report`).
 
-    python benchmarks/bench_artifacts.py --model sae-effnet --images DIR --manifest DIR/MANIFEST.tsv [--kept DIR] [--quality brisque]
+    python benchmarks/bench_artifacts.py --model sae-compact --images DIR --manifest DIR/MANIFEST.tsv [--kept DIR] [--quality brisque]
 
 Per kind of damage (severities 3 to 5 against clean pictures) the AUROC of the SAE's tag set (and of the best set that need not spare any
 style, `discovered`) beside a linear probe and the difference of means on the same vectors, the best pixel column of the stage `defects`,

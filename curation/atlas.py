@@ -1,9 +1,9 @@
 """Feature cards: what a person looks at before saying what a feature of an SAE means.
 
-    looked = firing.of_run(firing.read_fitted("sae-effnet"), "my-run")
+    looked = firing.of_run(firing.read_fitted("sae-compact"), "my-run")
     card(looked, 208)                 # strips of images, rates, nearest features, evidence: plain values
     plot(looked, 208)                 # their histogram, for a notebook
-    decide("sae-effnet", 208, "artifact", reviewer="Ada", tag="watermark")
+    decide("sae-compact", 208, "artifact", reviewer="Ada", tag="watermark")
 
 A card shows images over the whole range of a feature and not only its best ones, because the best ones of any feature look
 convincing; the rows just above and just below the threshold are where a sign-off is decided.

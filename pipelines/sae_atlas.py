@@ -32,7 +32,7 @@ def atlas(
     """A static page of all features: images over the whole range of each, evidence, and buttons for a verdict.
 
     Args:
-        model: Packaged name (sae-effnet) or folder.
+        model: Packaged name (sae-compact) or folder.
         out: Folder to write; open its index.html, or copy it to an object store.
         run: An annotated run with the vectors of this tower (or codes of this SAE) whose images are shown.
         images: A source instead: folder, tars or Parquet.
@@ -139,7 +139,7 @@ def review(model: str, choices: list[str]) -> int:
     Reviewers who disagree on a feature make it "mixed"; who chooses again replaces their earlier choice.
 
     Args:
-        model: Packaged name (sae-effnet) or folder.
+        model: Packaged name (sae-compact) or folder.
         choices: Files that the page exported, of one or several reviewers.
     """
     fitted = read_fitted(model)

@@ -42,7 +42,7 @@ def evaluate(
     and one JSON line.
 
     Args:
-        model: Packaged name (sae-effnet) or folder.
+        model: Packaged name (sae-compact) or folder.
         images: Folder, tars or Parquet.
         manifest: With --images, a TSV as for `k2 sae tag`; only its real images are used.
         run: An annotated run with the vectors of this tower instead.

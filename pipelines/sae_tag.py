@@ -45,7 +45,7 @@ def tag(
     part of the images, cut on a second and measured on a third. Proposals remove nothing until a person signs them (`k2 sae review`).
 
     Args:
-        model: Packaged name (sae-effnet) or folder of the SAE.
+        model: Packaged name (sae-compact) or folder of the SAE.
         images: Folder, tars or Parquet of real pictures; 500 cost about 10 CPU minutes with EfficientNet.
         manifest: TSV as for `k2 synthetic fit`: only its real images are used, with their sources and kinds; art, illustrations and
             renders are style families of their own.

@@ -24,7 +24,7 @@ class Artifacts:
     bits either way, in any batch, on any number of threads.
 
     Args:
-        model: "sae-effnet", or the folder that `k2 sae fit` wrote.
+        model: "sae-compact", or the folder that `k2 sae fit` wrote.
         tower: Where the vectors come from; None takes the tower that the model names.
         k: Codes kept per image, the largest first; of tagged features all that fire are kept.
         only_tags: Only the features of <model>.tags.csv.
@@ -33,7 +33,7 @@ class Artifacts:
         ValueError: there is no such model, it was fitted on another tower or on patch tokens, or it has no tags.
     """
 
-    model: str = "sae-effnet"
+    model: str = "sae-compact"
     tower: Tower | None = None
     k: int = 32
     only_tags: bool = False

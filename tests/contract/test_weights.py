@@ -17,7 +17,7 @@ SAES = [path for path in FOLDERS if (path / sae.INFO_FILE).exists()]
 
 def test_there_is_one_detector_and_one_sae():
     assert [path.name for path in DETECTORS] == ["synthetic"]
-    assert [path.name for path in SAES] == ["sae-effnet"]
+    assert [path.name for path in SAES] == ["sae-compact"]
 
 
 def test_only_arrays_and_text_ship_and_they_are_small():
@@ -27,9 +27,9 @@ def test_only_arrays_and_text_ship_and_they_are_small():
 
 
 def test_the_sae_belongs_to_the_tower_that_is_installed_and_says_what_made_it():
-    metadata = sae.load("sae-effnet").metadata
+    metadata = sae.load("sae-compact").metadata
     assert metadata["tower"] == fitted.parse_tower(metadata["tower_spec"]).identity
-    assert metadata["command"].startswith("k2 sae fit --") and "--out sae-effnet" in metadata["command"]
+    assert metadata["command"].startswith("k2 sae fit --") and "--out sae-compact" in metadata["command"]
     assert metadata["data"] and metadata["evaluation"]
 
 

@@ -19,7 +19,7 @@ from curation.stages.embedding import Embedding
 from curation.stages.synthetic import Synthetic
 from curation.towers import Compact, EffNet, Siglip
 
-STAGES = [Synthetic("synthetic"), Artifacts("sae-effnet")]
+STAGES = [Synthetic("synthetic"), Artifacts("sae-compact")]
 
 
 def batch(num: int = 4) -> ImageBatch:
@@ -59,7 +59,7 @@ def test_an_image_gets_the_same_bits_alone_and_in_a_batch(stage):
 
 def test_the_tagged_features_alone_have_the_values_that_they_have_among_all(tmp_path):
     folder = tmp_path / "sae-here"
-    shutil.copytree(fitted.WEIGHTS_DIR / "sae-effnet", folder)
+    shutil.copytree(fitted.WEIGHTS_DIR / "sae-compact", folder)
     images = batch()
     everything = Artifacts(str(folder), k=512).load("cpu")(images)["codes"].to_pylist()
     chosen = {codes[0]["feature"] for codes in everything} | {3}
@@ -97,7 +97,7 @@ def test_stages_of_one_tower_share_its_forward_pass(monkeypatch):
     monkeypatch.setattr(towers.Encoder, "pooled", lambda encoder, inputs: (passes.append(len(inputs)), pooled(encoder, inputs))[1])
     images, deep = batch(), EffNet(depths=True)
     images.cache[deep, "inputs"] = deep.prepare(images.views or images.images)  # as `annotate` does where a stage asks for it
-    for stage in (Embedding(EffNet()), Synthetic(), Artifacts("sae-effnet"), Embedding(Compact())):
+    for stage in (Embedding(EffNet()), Synthetic(), Artifacts("sae-compact"), Embedding(Compact())):
         stage.load("cpu")(images)
     assert passes == [4, 4], "one per tower"
 
@@ -117,7 +117,7 @@ def test_the_fingerprint_follows_the_weights_and_not_the_place(stage, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "stage, model, verb", [(Synthetic, "synthetic", "synthetic fit --towers"), (Artifacts, "sae-effnet", "sae fit --tower")]
+    "stage, model, verb", [(Synthetic, "synthetic", "synthetic fit --towers"), (Artifacts, "sae-compact", "sae fit --tower")]
 )
 def test_a_model_refuses_another_tower_and_says_how_to_fit_one(stage, model, verb):
     tower = Siglip()
@@ -145,7 +145,7 @@ def test_weights_of_the_same_tower_in_another_version_are_refused(tmp_path):
         Synthetic(str(folder))
 
 
-@pytest.mark.parametrize("stage, names", [(Synthetic, "are synthetic"), (Artifacts, "are sae-effnet")])
+@pytest.mark.parametrize("stage, names", [(Synthetic, "are synthetic"), (Artifacts, "are sae-compact")])
 def test_an_unknown_model_is_refused_with_the_packaged_names(stage, names):
     with pytest.raises(ValueError, match=f"no fitted model 'nonsense'.*{names}"):
         stage("nonsense")
@@ -153,7 +153,7 @@ def test_an_unknown_model_is_refused_with_the_packaged_names(stage, names):
 
 def test_a_foreign_sae_needs_a_tower_by_hand(tmp_path):
     folder = tmp_path / "sae"
-    shutil.copytree(fitted.WEIGHTS_DIR / "sae-effnet", folder)
+    shutil.copytree(fitted.WEIGHTS_DIR / "sae-compact", folder)
     config = json.loads((folder / "cfg.json").read_text())
     (folder / "cfg.json").write_text(json.dumps(config | {"metadata": {"sae_lens_version": "6.54.12"}}))
     with pytest.raises(ValueError, match="names no tower"):
@@ -162,7 +162,7 @@ def test_a_foreign_sae_needs_a_tower_by_hand(tmp_path):
 
 def test_an_sae_of_patch_tokens_judges_no_whole_images(tmp_path):
     folder = tmp_path / "sae"
-    shutil.copytree(fitted.WEIGHTS_DIR / "sae-effnet", folder)
+    shutil.copytree(fitted.WEIGHTS_DIR / "sae-compact", folder)
     config = json.loads((folder / "cfg.json").read_text())
     config["metadata"]["vectors"] = "tokens"
     (folder / "cfg.json").write_text(json.dumps(config))

@@ -81,7 +81,7 @@ def annotated_by(run: Path, tower: str, weights: str) -> None:
 
 def tags_in(folder: Path, *lines: str) -> Path:
     folder.mkdir(exist_ok=True)
-    (folder / "sae-effnet.tags.csv").write_text(
+    (folder / "sae-compact.tags.csv").write_text(
         "\n".join(["model,feature,tag,verdict,threshold,reviewers,tower,weights,note", *lines]) + "\n"
     )
     return folder
@@ -182,8 +182,8 @@ def test_each_rule_of_ours_removes_what_it_is_for_and_nothing_else_does(name, tm
     }
     tags = tags_in(
         tmp_path / "tags",
-        "sae-effnet,7,jpeg blocks,artifact,1.5,Ada,effnet/1,abc,seen",
-        "sae-effnet,8,snow,style,0,Ada,effnet/1,abc,",
+        "sae-compact,7,jpeg blocks,artifact,1.5,Ada,effnet/1,abc,seen",
+        "sae-compact,8,snow,style,0,Ada,effnet/1,abc,",
         "sae-siglip,8,x,artifact,0,Ada,siglip/1,def,",
     )
     run = write_run(tmp_path / "run", faults | style)
@@ -339,7 +339,7 @@ def test_missing_takes_the_names_of_annotations(tmp_path):
     + [("Ada", "effnet/2", "abc", False), ("Ada", "effnet/1", "abd", False)],
 )
 def test_a_tag_removes_only_when_signed_and_of_the_encoder_and_sae_of_the_run(tmp_path, reviewers, tower, weights, removes):
-    tags = tags_in(tmp_path / "tags", f"sae-effnet,7,jpeg blocks,artifact,1.5,{reviewers},{tower},{weights},")
+    tags = tags_in(tmp_path / "tags", f"sae-compact,7,jpeg blocks,artifact,1.5,{reviewers},{tower},{weights},")
     run = write_run(tmp_path / "run", {"a": {"codes": [{"feature": 7, "value": 2.0}]}, "b": {}})
     annotated_by(run, "effnet/1", "abc")
     selection, _ = select(run, find("pretrain_256"), tags)
@@ -351,7 +351,7 @@ def test_a_tag_removes_only_when_signed_and_of_the_encoder_and_sae_of_the_run(tm
 
 
 def test_without_a_word_on_the_sae_of_a_run_no_tag_is_active(tmp_path):
-    tags = tags_in(tmp_path / "tags", "sae-effnet,7,jpeg blocks,artifact,1.5,Ada,effnet/1,abc,")
+    tags = tags_in(tmp_path / "tags", "sae-compact,7,jpeg blocks,artifact,1.5,Ada,effnet/1,abc,")
     run = write_run(tmp_path / "run", {"a": {"codes": [{"feature": 7, "value": 2.0}]}})
     assert active_tags(run, tags)["active"].to_pylist() == [False] and silent_tags(run, tags) is None
     assert len(select(run, find("pretrain_256"), tags)[0]) == 1
