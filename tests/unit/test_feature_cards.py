@@ -238,7 +238,11 @@ def test_an_atlas_needs_images_or_a_run_and_the_same_tower(world, tmp_path, caps
     model = ["--model", str(world / "sae-here"), "--out", str(tmp_path / "x")]
     assert command.main(["atlas", *model]) == 2
     assert "--run (an annotated run folder) or --images" in capsys.readouterr().err
-    assert command.main(["atlas", *model, "--images", str(world / "pictures"), "--other", "sae-compact"]) == 2
+    other = shutil.copytree(world / "sae-here", tmp_path / "other")
+    config = json.loads((other / "cfg.json").read_text())
+    config["metadata"] |= {"tower": EffNet().identity, "tower_spec": "effnet"}
+    (other / "cfg.json").write_text(json.dumps(config))
+    assert command.main(["atlas", *model, "--images", str(world / "pictures"), "--other", str(other)]) == 2
     assert "nothing to compare" in capsys.readouterr().err
     assert command.main(["atlas", *model, "--run", str(tmp_path), "--contrast", "kept"]) == 2
     assert "--contrast goes with --images" in capsys.readouterr().err

@@ -125,7 +125,9 @@ def test_a_model_refuses_another_tower_and_says_how_to_fit_one(stage, model, ver
         stage(model, (tower,) if stage is Synthetic else tower)
     text = str(error.value)
     assert (
-        EffNet(depths=stage is Synthetic).identity in text and tower.identity in text and f"k2 {verb} siglip:ViT-B-16-SigLIP2-256" in text
+        (EffNet(depths=True) if stage is Synthetic else Compact()).identity in text
+        and tower.identity in text
+        and f"k2 {verb} siglip:ViT-B-16-SigLIP2-256" in text
     )
 
 
