@@ -68,8 +68,8 @@ def offline() -> tuple:
 
 def siglip() -> tuple:
     """SigLIP-2 and the compact tower, whose pixels and the file's own words are what the detector then sees; artifacts are those of
-    compact's SAE. The semantic branch and an SAE of a SigLIP-2 tower are the user's own: `k2 synthetic fit --towers compact siglip`, `k2 sae fit --tower siglip`, then a
-    recipe file that names them."""
+    compact's SAE. The semantic branch and an SAE of a SigLIP-2 tower are the user's own: `k2 synthetic fit --towers compact siglip`,
+    `k2 sae fit --tower siglip`, then a recipe file that names them."""
     from curation.stages.artifacts import Artifacts
     from curation.stages.basics import Basics
     from curation.stages.embedding import Embedding

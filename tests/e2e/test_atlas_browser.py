@@ -9,9 +9,6 @@ import pytest
 from curation.sprites import jpeg
 from pipelines.atlas_page import check_out, write_feature, write_index
 
-CHROMIUM = Path("/usr/bin/chromium")
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
-FLAGS += ["--disable-component-update", "--disable-sync"]
 NUM, PAGE = 4096, 48
 HOSTILE = '<img src=x onerror="document.title=1"></script><script>document.title=2</script>'
 DAMAGE = ("jpeg", "watermark", "interlace", "letterbox")
@@ -73,17 +70,6 @@ def atlas(tmp_path_factory) -> Path:
         lines, {"model": "sae-here", "tower": TOWER, "weights": WEIGHTS, "other": "sae-other", "num_images": 30, "evaluation": {}}, folder
     )
     return folder
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if not CHROMIUM.exists():
-        pytest.skip(f"{CHROMIUM} is not installed")
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    with playwright.sync_playwright() as session:
-        browser = session.chromium.launch(executable_path=str(CHROMIUM), args=FLAGS)
-        yield browser
-        browser.close()
 
 
 def opened(browser, atlas, place="", **options):

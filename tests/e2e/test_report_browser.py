@@ -8,27 +8,12 @@ from small_run import HOSTILE, HOSTILE_NAME, small_run
 
 from pipelines.report import render, report
 
-CHROMIUM = Path("/usr/bin/chromium")
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
-FLAGS += ["--disable-component-update", "--disable-sync"]
-
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     run = small_run(tmp_path_factory.mktemp("report"))
     assert report(str(run)) == 0
     return run
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if not CHROMIUM.exists():
-        pytest.skip(f"{CHROMIUM} is not installed")
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    with playwright.sync_playwright() as session:
-        browser = session.chromium.launch(executable_path=str(CHROMIUM), args=FLAGS)
-        yield browser
-        browser.close()
 
 
 def opened(browser, run, **options):
