@@ -47,8 +47,9 @@ def test_training_explains_sparse_data_finds_its_features_and_fires_k_on_new_row
     new = torch.from_numpy(rows[8500:])
     assert sae.explained_variance(model, new) > 0.7
     assert float((sae.activations(model, new) > 0).sum(1).float().mean()) == pytest.approx(3, abs=0.4)
-    assert found(model, truth) > (0.4 if "prefixes" in changes else 0.7)  # without a hierarchy in the data prefixes only cost features
-    assert history[-1]["unexplained"] < 0.5 * history[0]["unexplained"] and history[-1]["rows"] == 60_000
+    nested = "prefixes" in changes  # without a hierarchy in the data they only cost features; their loss is the mean of the prefixes'
+    assert found(model, truth) > (0.4 if nested else 0.7)
+    assert history[-1]["unexplained"] < (0.75 if nested else 0.5) * history[0]["unexplained"] and history[-1]["rows"] == 60_000
     centre = rows[:8000].astype(np.float64)
     gamma = np.linalg.norm(centre.mean(0)) / np.linalg.norm(centre.std(0))
     assert model.metadata["gamma"] == pytest.approx(gamma, rel=1e-3), "how far the centre is from the origin, in deviations"
