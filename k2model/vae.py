@@ -161,5 +161,12 @@ def fit_pca(batches: Iterable[Tensor]) -> PcaCodec:
 
 
 def load_pca(path: str | Path) -> PcaCodec:
-    """A codec from the `tensors()` that were saved with safetensors."""
-    return PcaCodec(**load_file(path))
+    """A codec from the `tensors()` that were saved with safetensors.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+    tensors = load_file(path)
+    if set(tensors) != {"mean", "basis", "std"}:
+        raise ValueError(f"{path} is not the linear codec of a training run: it holds {', '.join(sorted(tensors)[:3])} ...")
+    return PcaCodec(**tensors)
