@@ -17,7 +17,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 Encode = Callable[[list[str]], tuple[Tensor, Tensor]]
 
@@ -162,12 +161,14 @@ def _packed_attention(module, query, key, value, attention_mask, scaling, length
     """
     if keep is not None:
         keep((key, value))
+    skip = 0 if past is None else past[0].shape[2]
     out = []
     for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True):
         if past is not None:
             k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
-        bias = causal_lower_right(q.shape[2], k.shape[2])
-        out.append(F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scaling, enable_gqa=True))
+        # Empty queries for the prefix make it square: plain causal attention, which kernels do without a mask.
+        attended = F.scaled_dot_product_attention(F.pad(q, (0, 0, skip, 0)), k, v, is_causal=True, scale=scaling, enable_gqa=True)
+        out.append(attended[:, :, skip:])
     return torch.cat(out, dim=2).transpose(1, 2), None
 
 
