@@ -1,8 +1,11 @@
 """`k2 sample`: the same command is the same pictures, a picture tells how it was made, and a mistake says what to do."""
 
+import io
 import json
 import logging
+import shlex
 from dataclasses import replace
+from functools import wraps
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +21,7 @@ from k2model import flow
 from pipelines import recipes
 from pipelines import sample as verb
 from pipelines import train as training
+from pipelines.cli import call
 from pipelines.generated import parameters_of
 from pipelines.recipes import k2_nano
 
@@ -62,14 +66,8 @@ def test_every_prompt_and_seed_is_a_file_and_the_second_call_makes_nothing(train
     assert json.loads(capsys.readouterr().out)["pictures_now"] == 1
     again = {path.name: path.read_bytes() for path in out.iterdir()}
     assert again.keys() == before.keys()
-    assert np.abs(pixels(out / names[3]).astype(int) - np.asarray(Image.open(_in_memory(before[names[3]]))).astype(int)).max() <= 1
+    assert np.abs(pixels(out / names[3]).astype(int) - np.asarray(Image.open(io.BytesIO(before[names[3]]))).astype(int)).max() <= 1
     assert all(again[name] == before[name] for name in names if name != names[3])
-
-
-def _in_memory(data: bytes):
-    import io
-
-    return io.BytesIO(data)
 
 
 @pytest.mark.parametrize("sampler", flow.SAMPLERS)
@@ -158,3 +156,13 @@ def test_a_diffusers_folder_gives_the_pictures_of_diffusers(tmp_path):
         "a red fox", height=48, width=64, num_inference_steps=8, guidance_scale=0.0, generator=torch.Generator().manual_seed(3)
     ).images[0]
     assert np.abs(pixels(tmp_path / "out/0000-3.png").astype(int) - np.asarray(expected).astype(int)).max() <= 1
+
+
+def test_the_commands_of_the_docs_are_understood():
+    called = []
+    understood = wraps(verb.sample)(lambda *_, **arguments: called.append(arguments))
+    text = (Path(__file__).parents[2] / "docs/sampling.md").read_text()
+    commands = [line.strip() for line in text.splitlines() if line.startswith("    k2 sample")]
+    for command in commands:
+        assert call(understood, shlex.split(command)[2:], "k2 sample") == 0, command
+    assert len(called) == len(commands) >= 6 and called[-1]["lora"] == ("style.safetensors:0.6", "light.safetensors:0.4")

@@ -9,7 +9,7 @@ import pytest
 import small_krea
 import torch
 
-from k2model.text import PREFIX, HashText, Qwen3VLText
+from k2model.text import PREFIX, SUFFIX, HashText, Qwen3VLText
 from k2model.vae import Pca, QwenImageCodec, QwenImageVae, StillConv, fit_pca, load_pca, still
 
 GOLDEN = [1.0, 1.0, -1.0, 1.0, -1.0, -1.0, 1.0, -1.0, -1.0, 1.0, 1.0, -1.0]  # the word "red"
@@ -188,6 +188,48 @@ def test_the_prefix_is_run_once_and_never_again(encoders, monkeypatch):
     monkeypatch.setattr(fast.model.embed_tokens, "forward", lambda ids: tokens.append(ids) or torch.zeros(*ids.shape, 32))
     _, mask = fast(["a fox", ""])
     assert [ids.numel() for ids in tokens] == [int(mask.sum())] and len(fast.model.layers) == 3
+
+
+def test_the_released_layout_is_that_of_diffusers_bit_for_bit(encoders, words):
+    pytest.importorskip("diffusers")
+    pipeline = small_krea.pipeline(small_krea.dit(), words, small_krea.qwen(words), small_krea.vae(), distilled=False)
+    with torch.no_grad():
+        states, mask = pipeline.get_text_hidden_states(CAPTIONS)
+    found, valid = encoders[1](CAPTIONS)
+    assert torch.equal(found, states) and torch.equal(valid, mask)
+
+
+def test_counting_padding_in_the_positions_would_be_seen(encoders, words):
+    """The trap of transformers >= 5: without positions it numbers the suffix behind the padding."""
+    model = small_krea.qwen(words).language_model
+    prompt, suffix = words(PREFIX + "a fox").input_ids, words(SUFFIX).input_ids
+    mask = torch.tensor([[True] * len(prompt) + [False] * 400 + [True] * len(suffix)])
+    with torch.no_grad():
+        ids = torch.tensor([prompt + [words.pad_token_id] * 400 + suffix])
+        shifted = model(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states
+    states, _ = encoders[0](["a fox"])
+    expected = torch.stack([shifted[tap] for tap in small_krea.TAPS], 2)[0][mask[0]][len(words(PREFIX).input_ids) :]
+    assert relative(states[0, :-5], expected[:-5]) < 1e-6 and relative(states[0, -5:], expected[-5:]) > 1e-2
+
+
+def test_the_fast_text_encoder_in_bfloat16_is_as_near_the_truth_as_the_released_layout(qwen, encoders):
+    exact, mask = encoders[0](CAPTIONS)
+    half = replace(qwen, dtype="bfloat16")
+    states, _ = half.load("cpu")(CAPTIONS)
+    released, valid = half.load_as_released("cpu")(CAPTIONS)
+    assert states.dtype == torch.bfloat16
+    assert relative(states[mask], exact[mask]) < 1.3 * relative(released[valid], exact[mask])
+
+
+def test_weights_as_the_hub_has_them_with_a_language_model_head_load(words, qwen, tmp_path, encoders):
+    transformers = pytest.importorskip("transformers")
+    base = small_krea.qwen(words)
+    whole = transformers.Qwen3VLForConditionalGeneration(base.config)
+    whole.model.load_state_dict(base.state_dict())
+    whole.save_pretrained(tmp_path)
+    words.save_pretrained(tmp_path)
+    states, _ = replace(qwen, path=str(tmp_path)).load("cpu")(["a fox"])
+    assert torch.equal(states, encoders[0](["a fox"])[0])
 
 
 def test_a_text_encoder_of_other_sizes_is_refused(qwen):
