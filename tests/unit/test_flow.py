@@ -6,7 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from scipy.integrate import solve_ivp
+from scipy.integrate import quad, solve_ivp
 
 from k2model import flow
 
@@ -150,6 +150,26 @@ def test_the_drift_of_er_sde_is_that_of_its_differential_equation():
         errors.append(abs(out.item() / (1 - times[-1]) - exact))
     assert errors[0] > 3.5 * errors[1] > 3.5**2 * errors[2], errors  # at least second order
     assert errors[2] < 2e-3
+
+
+def test_the_third_stage_of_er_sde_takes_the_curvature_of_its_predictions():
+    """For D = lambda^2 the curvature is 2 exactly; the integrals by scipy."""
+    levels, start = [4.0, 3.0, 2.0, 1.0], 5.0
+    times = [level / (1 + level) for level in levels]
+
+    def phi(level):
+        return level * (np.exp(level**0.3) + 10)
+
+    def end(times):  # y at the last of the times
+        x = torch.full((1, 1, 1, 1), start * (1 - times[0]), dtype=torch.float64)
+        out = flow.er_sde(lambda x, t: (x - (t / (1 - t)) ** 2) / t, x, times, lambda: torch.zeros(1, 1, 1, 1))
+        return out.item() / (1 - times[-1])
+
+    here, there, clean, slope = 2.0, 1.0, 4.0, 2.0 + 3.0
+    expected = phi(there) / phi(here) * (end(times[:3]) - clean) + clean
+    expected += slope * (there - here + phi(there) * quad(lambda level: 1 / phi(level), there, here)[0])
+    expected += 2 * ((there - here) ** 2 / 2 + phi(there) * quad(lambda level: (level - here) / phi(level), there, here)[0])
+    assert end(times) == pytest.approx(expected, abs=0.02)  # 200 points of quadrature; half the curvature is 0.1 away
 
 
 def test_noise_belongs_to_the_seed_and_not_to_the_batch():
