@@ -4,9 +4,12 @@ import io
 import json
 import logging
 import shlex
+import sys
 from dataclasses import replace
 from functools import wraps
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -144,18 +147,83 @@ def test_a_mistake_is_an_exit_code_and_a_sentence(trained, tmp_path, capsys, arg
     assert not (tmp_path / "out").exists()
 
 
-def test_a_diffusers_folder_gives_the_pictures_of_diffusers(tmp_path):
+@pytest.fixture
+def released(tmp_path) -> tuple[Path, Any]:
+    """A diffusers folder of small random parts with the text encoder, tokenizer and VAE beside the transformer; and its pipeline."""
     pytest.importorskip("diffusers")
-    pytest.importorskip("k2model.layouts", reason="reads the diffusers layout")
     words = small_krea.tokenizer()
     pipe = small_krea.pipeline(small_krea.dit(), words, small_krea.qwen(words), small_krea.vae(), distilled=True)
     pipe.save_pretrained(tmp_path / "released")
+    return tmp_path / "released", pipe
+
+
+@pytest.fixture
+def stub_layouts(monkeypatch):
+    """In place of k2model.layouts and k2model.lora: what `k2 sample` asks of them, and what it asked."""
+    asked = []
+
+    def load_model(path, device, dtype):
+        asked.append(("load", Path(path).name, str(device), dtype))
+        return small_krea.dit().to(device, dtype)
+
+    def apply(model, path, weight):
+        asked.append(("lora", Path(path).name, weight))
+        with torch.no_grad():
+            model.last.linear.weight.mul_(1 + weight)
+
+    monkeypatch.setitem(sys.modules, "k2model.layouts", SimpleNamespace(load_model=load_model))
+    monkeypatch.setitem(sys.modules, "k2model.lora", SimpleNamespace(apply=apply))
+    monkeypatch.setattr("k2model.lora", SimpleNamespace(apply=apply), raising=False)
+    return asked
+
+
+def same_as_diffusers(released: tuple[Path, Any], out: Path) -> None:
+    folder, pipe = released
     settings = {"prompt": ("a red fox",), "preset": "turbo", "size": "64x48", "device": "cpu", "seed": 3}
-    assert verb.sample(str(tmp_path / "released"), out=str(tmp_path / "out"), **settings) == 0
+    assert verb.sample(str(folder), out=str(out), **settings) == 0
     expected = pipe(
         "a red fox", height=48, width=64, num_inference_steps=8, guidance_scale=0.0, generator=torch.Generator().manual_seed(3)
     ).images[0]
-    assert np.abs(pixels(tmp_path / "out/0000-3.png").astype(int) - np.asarray(expected).astype(int)).max() <= 1
+    assert np.abs(pixels(out / "0000-3.png").astype(int) - np.asarray(expected).astype(int)).max() <= 1
+
+
+def test_a_diffusers_folder_gives_the_pictures_of_diffusers(released, tmp_path):
+    pytest.importorskip("k2model.layouts", reason="reads the diffusers layout")
+    same_as_diffusers(released, tmp_path / "out")
+
+
+def test_text_encoder_tokenizer_taps_and_vae_of_a_diffusers_folder_are_used(released, tmp_path, stub_layouts):
+    same_as_diffusers(released, tmp_path / "out")
+    assert stub_layouts == [("load", "released", "cpu", torch.float32)]
+
+
+def test_a_single_file_takes_its_parts_from_the_command_line_and_loras_in_order(released, tmp_path, stub_layouts):
+    folder, _ = released
+    for name in ("raw", "one", "two"):
+        (tmp_path / f"{name}.safetensors").write_bytes(name.encode())  # only its hash is looked at here
+    settings = {"prompt": ("a",), "size": "32x32", "steps": 1, "device": "cpu", "text": str(folder), "vae": str(folder)}
+    loras = (f"{tmp_path}/one.safetensors:0.6", f"{tmp_path}/two.safetensors")
+    assert verb.sample(f"{tmp_path}/raw.safetensors", out=str(tmp_path / "with"), lora=loras, **settings) == 0
+    assert stub_layouts[1:] == [("lora", "one.safetensors", 0.6), ("lora", "two.safetensors", 1.0)]
+    assert verb.sample(f"{tmp_path}/raw.safetensors", out=str(tmp_path / "without"), **settings) == 0
+    assert np.abs(pixels(tmp_path / "with/0000-0.png").astype(int) - pixels(tmp_path / "without/0000-0.png").astype(int)).max() > 5
+    said = parameters_of(tmp_path / "with/0000-0.png")
+    assert [row["weight"] for row in said["loras"]] == [0.6, 1.0] and said["model"]["name"] == "raw.safetensors"
+    with pytest.raises(ValueError, match=r"made with other parameters \(loras"):
+        verb.sample(f"{tmp_path}/raw.safetensors", out=str(tmp_path / "with"), **settings)
+
+
+def test_weights_that_are_not_at_hand_are_named(released, tmp_path, monkeypatch):
+    (tmp_path / "raw.safetensors").write_bytes(b"raw")
+    models = [small_krea.dit(replace(small_krea.CONFIG, text_taps=taps)) for taps in (4, 12, 12)]
+    monkeypatch.setitem(sys.modules, "k2model.layouts", SimpleNamespace(load_model=lambda *_: models.pop()))
+    settings = {"prompt": ("a",), "out": str(tmp_path / "out"), "size": "32x32", "device": "cpu"}
+    with pytest.raises(ValueError, match=r"cannot load the text encoder '/nowhere'"):
+        verb.sample(f"{tmp_path}/raw.safetensors", text="/nowhere", **settings)
+    with pytest.raises(ValueError, match=r"reads 12 text states of width 32 per token, but this text encoder gives 2"):
+        verb.sample(f"{tmp_path}/raw.safetensors", text=str(released[0]), **settings)
+    with pytest.raises(ValueError, match=r"cannot load the VAE '/nowhere'"):
+        verb.sample(f"{tmp_path}/raw.safetensors", text="hash", vae="/nowhere", **settings)
 
 
 def test_the_commands_of_the_docs_are_understood():
