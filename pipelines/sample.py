@@ -59,6 +59,7 @@ def sample(
     vae: str | None = None,
     device: str = "auto",
     precision: str = "auto",
+    dry_run: bool = False,
 ) -> int:
     """Make pictures of prompts. The same command again makes only what is missing.
 
@@ -86,6 +87,7 @@ def sample(
         vae: Folder or hub name of the Qwen-Image VAE, or vae.safetensors of a training run; default: that of the model.
         device: auto, cpu, cuda or mps.
         precision: auto (bf16 on cuda, fp32 elsewhere), bf16 or fp32.
+        dry_run: Print what would be made, with the times of the steps, and stop before text encoder and codec are loaded.
     """
     chosen = all_prompts(prompt, prompts)
     if num < 1 or batch_size < 1:
@@ -126,6 +128,10 @@ def sample(
     everything = [(number, words, seed + i) for number, words in enumerate(chosen) for i in range(num)]
     files = {picture: Path(out) / f"{picture[0]:04d}-{picture[2]}.png" for picture in everything}
     todo = [picture for picture, path in files.items() if not is_made(path, made_by | {"prompt": picture[1], "seed": picture[2]})]
+    if dry_run:
+        times = [round(t, 6) for t in flow.schedule_times(schedule, settings.steps, shift)]
+        print(json.dumps({"pictures": len(files), "missing": len(todo), "image_tokens": tokens, "times": times, **made_by}))
+        return 0
     clock = time.perf_counter()
     if todo:
         encode, decode = text_encoder.load(place), weights.load_codec(codec, place).decode

@@ -73,6 +73,14 @@ def test_every_prompt_and_seed_is_a_file_and_the_second_call_makes_nothing(train
     assert all(again[name] == before[name] for name in names if name != names[3])
 
 
+def test_a_dry_run_says_what_is_missing_and_writes_nothing(trained, tmp_path, capsys):
+    assert verb.sample(str(trained), PROMPTS, out=str(tmp_path / "out"), preset="turbo", device="cpu", dry_run=True) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert (said["pictures"], said["missing"], said["image_tokens"], said["mu"]) == (3, 3, 4, 1.15)
+    assert said["times"] == pytest.approx([1, 0.9567, 0.9045, 0.8403, 0.7595, 0.6546, 0.5128, 0.3109, 0], abs=1e-4)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("sampler", flow.SAMPLERS)
 def test_a_picture_does_not_depend_on_what_shares_its_batch(trained, tmp_path, sampler):
     settings = {"steps": 3, "device": "cpu", "sampler": sampler, "schedule": "beta"}
