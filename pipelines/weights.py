@@ -39,7 +39,8 @@ def open_model(path: str, device: torch.device, dtype: torch.dtype) -> Opened:
 
     from k2model.layouts import load_model
 
-    model = load_model(str(place), device, dtype)
+    # In bf16 the stored mix is kept (float32 norms and tables) and autocast does the rest.
+    model = load_model(str(place), device, None if dtype == torch.bfloat16 else dtype)
     files = (
         sorted((place / "transformer" if (place / "transformer").is_dir() else place).glob("*.safetensors")) if place.is_dir() else [place]
     )

@@ -82,8 +82,9 @@ def vae(attention_scales: tuple[float, ...] = ()) -> Any:
 def dit(config: Config = CONFIG) -> DiT:
     """A random transformer, none of whose tensors is zero."""
     generator = torch.Generator().manual_seed(0)
-    model = DiT(config).eval()
-    with torch.no_grad():
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)  # layers draw their first weights from the global generator
+        model = DiT(config).eval()
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
     return model
