@@ -35,7 +35,9 @@ class QwenImageVae:
         from diffusers import AutoencoderKLQwenImage
 
         try:
-            model = AutoencoderKLQwenImage.from_pretrained(self.path, subfolder=self.subfolder, torch_dtype=getattr(torch, self.dtype))
+            model = AutoencoderKLQwenImage.from_pretrained(
+                self.path, subfolder=self.subfolder, torch_dtype=getattr(torch, self.dtype), low_cpu_mem_usage=False
+            )
         except OSError as error:
             raise ValueError(f"cannot load the VAE {self.path!r} ({error}). Give a folder with its weights.") from error
         return QwenImageCodec(still(model.eval().requires_grad_(False)).to(device))

@@ -17,6 +17,7 @@ import small_krea
 import torch
 from packed_world import landscapes, make_packed
 from PIL import Image
+from safetensors.torch import save_file
 
 from curation.manifest import Reader
 from curation.stages.provenance import facts
@@ -198,6 +199,16 @@ def same_as_diffusers(released: tuple[Path, Any], out: Path) -> None:
 def test_a_diffusers_folder_gives_the_pictures_of_diffusers(released, tmp_path):
     pytest.importorskip("k2model.layouts", reason="reads the diffusers layout")
     same_as_diffusers(released, tmp_path / "out")
+
+
+def test_a_file_in_the_official_layout_gives_them_too(released, tmp_path):
+    pytest.importorskip("k2model.layouts", reason="reads the official layout")
+    folder, _ = released
+    save_file(small_krea.dit().state_dict(), tmp_path / "raw.safetensors")
+    settings = {"prompt": ("a red fox",), "size": "64x48", "steps": 4, "device": "cpu"}
+    verb.sample(str(folder), out=str(tmp_path / "folder"), **settings)
+    verb.sample(f"{tmp_path}/raw.safetensors", out=str(tmp_path / "file"), text=str(folder), vae=str(folder), **settings)
+    assert np.array_equal(pixels(tmp_path / "folder/0000-0.png"), pixels(tmp_path / "file/0000-0.png"))
 
 
 def test_text_encoder_tokenizer_taps_and_vae_of_a_diffusers_folder_are_used(released, tmp_path, stub_layouts):
