@@ -1,8 +1,8 @@
 """The layouts that K2 checkpoints come in: the official one, diffusers' and ComfyUI's scaled FP8. Names, shapes, loading.
 
-`open_checkpoint` looks at a file or folder, finds which layout it is and which model it holds, and checks every name and shape before
-a single value is read. The official names are the names of `k2model.dit`; the others are a renaming of them, and the values of a tensor lie in
-the same order in all, so a conversion copies bytes.
+`open_checkpoint` looks at a file or folder, finds which layout it is and which model it holds, and checks every name and
+shape before a single value is read. The official names are those of `k2model.dit`; the others are a renaming, and the
+values of a tensor lie in the same order in all, so a conversion copies bytes.
 """
 
 import json

@@ -34,7 +34,7 @@ def quantized(pieces: Iterable[Tensor], scale: Tensor | None = None) -> Iterator
     """Values / `scale`, rounded to the nearest float8_e4m3fn. PyTorch's cast makes NaN above 448; here 448 is the end."""
     for piece in pieces:
         values = piece.float() if scale is None else piece.float() / scale
-        yield values.clamp_(-LARGEST, LARGEST).to(FP8) if values is not piece else values.clamp(-LARGEST, LARGEST).to(FP8)
+        yield values.clamp(-LARGEST, LARGEST).to(FP8)
 
 
 def cast(pieces: Iterable[Tensor], dtype: torch.dtype, scale: Tensor | None = None) -> Iterator[Tensor]:
