@@ -283,6 +283,12 @@ def _infer(path: Path, tensors: dict[str, Stored]) -> Config:
     head_dim = shape("blocks.0.attn.qknorm.qnorm.scale", 1)[0]
     fusion_head = shape("txtfusion.layerwise_blocks.0.attn.qknorm.qnorm.scale", 1)[0]
     text_dim = shape("txtmlp.0.scale", 1)[0]
+    for name, whole, part in (("blocks.0", width, head_dim), ("txtfusion.layerwise_blocks.0", text_dim, fusion_head)):
+        if whole % part:
+            raise ValueError(
+                f"{path}: {name}.attn.qknorm.qnorm.scale is [{part}], expected a divisor of the width {whole}. "
+                "It is broken, or of another model."
+            )
     try:
         return Config(
             width=width,
@@ -296,7 +302,7 @@ def _infer(path: Path, tensors: dict[str, Stored]) -> Config:
             channels=token_dim // Config.patch**2,
             time_dim=shape("tmlp.0.weight", 2)[1],
         )
-    except (ValueError, ZeroDivisionError) as error:
+    except ValueError as error:
         if str(path) in str(error):
             raise
         raise ValueError(f"{path}: no K2 model has these shapes: {error}. It is broken, or of another model.") from error
