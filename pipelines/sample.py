@@ -16,6 +16,7 @@ from tqdm import tqdm
 from curation.shards import describe, file_hash
 from k2model import flow
 from k2model.data import to_images
+from k2model.lora import merge
 from k2model.text import Encode
 from k2model.vae import FACTOR
 from pipelines import weights
@@ -82,7 +83,7 @@ def sample(
         num: Pictures per prompt, with seeds SEED, SEED + 1, ...
         seed: The first seed.
         batch_size: Pictures at a time.
-        lora: PATH or PATH:WEIGHT of LoRA files, added in this order.
+        lora: PATH or PATH:WEIGHT of LoRA files, diffusers, peft or ComfyUI keys; they add up.
         text: Folder or hub name of Qwen3-VL, or `hash` for the offline encoder; default: that of the model.
         vae: Folder or hub name of the Qwen-Image VAE, or vae.safetensors of a training run; default: that of the model.
         device: auto, cpu, cuda or mps.
@@ -119,7 +120,7 @@ def sample(
     text_encoder, codec = weights.find_text(text, opened, dtype), weights.find_codec(vae, opened, dtype)
     made_by = {
         "model": opened.identity,
-        "loras": [{"name": Path(path).name, "hash": file_hash(path), "weight": weight} for path, weight in loras],
+        "loras": [weights.identity(Path(path)) | {"weight": weight} for path, weight in loras],
         "text": describe(text_encoder),
         "vae": {"hash": file_hash(codec)} if isinstance(codec, Path) else describe(codec),
         "precision": precision,
@@ -135,10 +136,7 @@ def sample(
     clock = time.perf_counter()
     if todo:
         encode, decode = text_encoder.load(place), weights.load_codec(codec, place).decode
-        for path, weight in loras:
-            from k2model import lora as adapter
-
-            adapter.apply(opened.model, path, weight)
+        merge(opened.model, loras)
     with tqdm(total=len(files), initial=len(files) - len(todo), unit="picture", file=sys.stderr) as progress:
         for first in range(0, len(todo), batch_size):
             batch = todo[first : first + batch_size]

@@ -9,6 +9,7 @@ import torch
 from curation.shards import file_hash
 from k2model import checkpoint
 from k2model.dit import Config, DiT
+from k2model.layouts import load_model
 from k2model.text import HashText, Qwen3VLText
 from k2model.vae import Pca, QwenImageVae, load_pca
 
@@ -37,19 +38,20 @@ def open_model(path: str, device: torch.device, dtype: torch.dtype) -> Opened:
     if (place / "state.json").exists() or (place / "checkpoints").is_dir():
         return _trained(place, device, dtype)
 
-    from k2model.layouts import load_model
-
     # In bf16 the stored mix is kept (float32 norms and tables) and autocast does the rest.
     model = load_model(str(place), device, None if dtype == torch.bfloat16 else dtype)
-    files = (
-        sorted((place / "transformer" if (place / "transformer").is_dir() else place).glob("*.safetensors")) if place.is_dir() else [place]
-    )
-    identity = {"name": place.name, "hash": [file_hash(file) for file in files]}
     text = vae = None
     if (place / "model_index.json").exists():
         text = qwen(path, model.config, dtype)
         vae = QwenImageVae(path, "vae", _name(dtype))
-    return Opened(model.eval().requires_grad_(False), identity, text, vae, 1024)
+    return Opened(model.eval().requires_grad_(False), identity(place), text, vae, 1024)
+
+
+def identity(place: Path) -> dict[str, Any]:
+    """Name and hashes of the weights in a file or folder."""
+    inside = place / "transformer" if (place / "transformer").is_dir() else place
+    files = sorted(inside.glob("*.safetensors")) if place.is_dir() else [place]
+    return {"name": place.name, "hash": [file_hash(file) for file in files]}
 
 
 def _trained(place: Path, device: torch.device, dtype: torch.dtype) -> Opened:
@@ -60,6 +62,8 @@ def _trained(place: Path, device: torch.device, dtype: torch.dtype) -> Opened:
         found = checkpoint.latest(place / "checkpoints")
     if found is None:
         raise ValueError(f"{place / 'checkpoints'} has no whole checkpoint yet. Run `k2 train` again, or give another --model.")
+    if not (found.directory / "model.safetensors").exists():
+        raise ValueError(f"{found.directory} holds a LoRA and no model: give its base as --model, and the run's LoRA file as --lora")
     recipe = found.state["config"]["description"]["recipe"]
     with torch.device("meta"):
         model = DiT(Config(**_fields(recipe["model"])))
@@ -67,8 +71,8 @@ def _trained(place: Path, device: torch.device, dtype: torch.dtype) -> Opened:
     text = {"HashText": HashText, "Qwen3VLText": Qwen3VLText}[recipe["text"]["class"]](**_fields(recipe["text"]))
     vae = found.directory / "vae.safetensors" if recipe["vae"]["class"] == Pca.__name__ else QwenImageVae(**_fields(recipe["vae"]))
     phase = next(phase for phase in recipe["phases"] if phase["name"] == found.state["phase"])
-    identity = {"name": recipe["name"], "step": found.step, "hash": [file_hash(found.directory / "model.safetensors")]}
-    return Opened(model.eval().requires_grad_(False).to(device), identity, text, vae, phase["resolution"])
+    made_by = {"name": recipe["name"], "step": found.step, "hash": [file_hash(found.directory / "model.safetensors")]}
+    return Opened(model.eval().requires_grad_(False).to(device), made_by, text, vae, phase["resolution"])
 
 
 def find_text(path: str | None, opened: Opened, dtype: torch.dtype) -> HashText | Qwen3VLText:

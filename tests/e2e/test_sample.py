@@ -4,11 +4,10 @@ import io
 import json
 import logging
 import shlex
-import sys
+import shutil
 from dataclasses import replace
 from functools import wraps
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ from safetensors.torch import save_file
 
 from curation.manifest import Reader
 from curation.stages.provenance import facts
-from k2model import flow
+from k2model import flow, lora
 from pipelines import recipes
 from pipelines import sample as verb
 from pipelines import train as training
@@ -166,83 +165,73 @@ def released(tmp_path) -> tuple[Path, Any]:
     return tmp_path / "released", pipe
 
 
-@pytest.fixture
-def stub_layouts(monkeypatch):
-    """In place of k2model.layouts and k2model.lora: what `k2 sample` asks of them, and what it asked."""
-    asked = []
-
-    def load_model(path, device, dtype):
-        asked.append(("load", Path(path).name, str(device), dtype))
-        return small_krea.dit().to(device, dtype)
-
-    def apply(model, path, weight):
-        asked.append(("lora", Path(path).name, weight))
-        with torch.no_grad():
-            model.last.linear.weight.mul_(1 + weight)
-
-    monkeypatch.setitem(sys.modules, "k2model.layouts", SimpleNamespace(load_model=load_model))
-    monkeypatch.setitem(sys.modules, "k2model.lora", SimpleNamespace(apply=apply))
-    monkeypatch.setattr("k2model.lora", SimpleNamespace(apply=apply), raising=False)
-    return asked
-
-
-def same_as_diffusers(released: tuple[Path, Any], out: Path) -> None:
+def test_a_diffusers_folder_gives_the_pictures_of_diffusers(released, tmp_path):
     folder, pipe = released
     settings = {"prompt": ("a red fox",), "preset": "turbo", "size": "64x48", "device": "cpu", "seed": 3}
-    assert verb.sample(str(folder), out=str(out), **settings) == 0
-    expected = pipe(
-        "a red fox", height=48, width=64, num_inference_steps=8, guidance_scale=0.0, generator=torch.Generator().manual_seed(3)
-    ).images[0]
-    assert np.abs(pixels(out / "0000-3.png").astype(int) - np.asarray(expected).astype(int)).max() <= 1
-
-
-def test_a_diffusers_folder_gives_the_pictures_of_diffusers(released, tmp_path):
-    pytest.importorskip("k2model.layouts", reason="reads the diffusers layout")
-    same_as_diffusers(released, tmp_path / "out")
+    assert verb.sample(str(folder), out=str(tmp_path / "out"), **settings) == 0
+    generator = torch.Generator().manual_seed(3)
+    expected = pipe("a red fox", height=48, width=64, num_inference_steps=8, guidance_scale=0.0, generator=generator).images[0]
+    assert np.abs(pixels(tmp_path / "out/0000-3.png").astype(int) - np.asarray(expected).astype(int)).max() <= 1
 
 
 def test_a_file_in_the_official_layout_gives_them_too(released, tmp_path):
-    pytest.importorskip("k2model.layouts", reason="reads the official layout")
     folder, _ = released
     save_file(small_krea.dit().state_dict(), tmp_path / "raw.safetensors")
     settings = {"prompt": ("a red fox",), "size": "64x48", "steps": 4, "device": "cpu"}
     verb.sample(str(folder), out=str(tmp_path / "folder"), **settings)
     verb.sample(f"{tmp_path}/raw.safetensors", out=str(tmp_path / "file"), text=str(folder), vae=str(folder), **settings)
     assert np.array_equal(pixels(tmp_path / "folder/0000-0.png"), pixels(tmp_path / "file/0000-0.png"))
+    verb.sample(str(folder), out=str(tmp_path / "half"), precision="bf16", **settings)
+    difference = np.abs(pixels(tmp_path / "half/0000-0.png").astype(int) - pixels(tmp_path / "folder/0000-0.png").astype(int))
+    assert 0 < difference.mean() < 5
 
 
-def test_text_encoder_tokenizer_taps_and_vae_of_a_diffusers_folder_are_used(released, tmp_path, stub_layouts):
-    same_as_diffusers(released, tmp_path / "out")
-    assert stub_layouts == [("load", "released", "cpu", torch.float32)]
-
-
-def test_a_single_file_takes_its_parts_from_the_command_line_and_loras_in_order(released, tmp_path, stub_layouts):
+def test_loras_of_both_key_styles_are_added_with_their_weights(released, tmp_path):
     folder, _ = released
-    for name in ("raw", "one", "two"):
-        (tmp_path / f"{name}.safetensors").write_bytes(name.encode())  # only its hash is looked at here
-    settings = {"prompt": ("a",), "size": "32x32", "steps": 1, "device": "cpu", "text": str(folder), "vae": str(folder)}
+    generator = torch.Generator().manual_seed(0)
+    layers = {"blocks.0.attn.wq": (128, 128), "blocks.1.mlp.down": (128, 384)}
+    updates = {
+        name: lora.Update(torch.randn(4, columns, generator=generator), torch.randn(rows, 4, generator=generator) / 8, 1.0)
+        for name, (rows, columns) in layers.items()
+    }
+    lora.save(updates, tmp_path / "one.safetensors", "diffusers")
+    lora.save(updates, tmp_path / "two.safetensors", "comfyui")
+    model = small_krea.dit()
+    save_file(model.state_dict(), tmp_path / "raw.safetensors")
+    with torch.no_grad():
+        for name, update in updates.items():
+            model.get_submodule(name).weight.add_(1.6 * update.up @ update.down)
+    save_file(model.state_dict(), tmp_path / "merged.safetensors")
+    settings = {"prompt": ("a",), "size": "32x32", "steps": 3, "device": "cpu", "text": str(folder), "vae": str(folder)}
     loras = (f"{tmp_path}/one.safetensors:0.6", f"{tmp_path}/two.safetensors")
-    assert verb.sample(f"{tmp_path}/raw.safetensors", out=str(tmp_path / "with"), lora=loras, **settings) == 0
-    assert stub_layouts[1:] == [("lora", "one.safetensors", 0.6), ("lora", "two.safetensors", 1.0)]
-    assert verb.sample(f"{tmp_path}/raw.safetensors", out=str(tmp_path / "without"), **settings) == 0
-    assert np.abs(pixels(tmp_path / "with/0000-0.png").astype(int) - pixels(tmp_path / "without/0000-0.png").astype(int)).max() > 5
+    verb.sample(f"{tmp_path}/raw.safetensors", out=str(tmp_path / "with"), lora=loras, **settings)
+    verb.sample(f"{tmp_path}/raw.safetensors", out=str(tmp_path / "without"), **settings)
+    verb.sample(f"{tmp_path}/merged.safetensors", out=str(tmp_path / "merged"), **settings)
+    found, bare, merged = (pixels(tmp_path / name / "0000-0.png").astype(int) for name in ("with", "without", "merged"))
+    assert np.abs(found - merged).max() <= 1 and np.abs(found - bare).max() > 5
     said = parameters_of(tmp_path / "with/0000-0.png")
-    assert [row["weight"] for row in said["loras"]] == [0.6, 1.0] and said["model"]["name"] == "raw.safetensors"
+    assert [(row["name"], row["weight"]) for row in said["loras"]] == [("one.safetensors", 0.6), ("two.safetensors", 1.0)]
     with pytest.raises(ValueError, match=r"made with other parameters \(loras"):
         verb.sample(f"{tmp_path}/raw.safetensors", out=str(tmp_path / "with"), **settings)
 
 
-def test_weights_that_are_not_at_hand_are_named(released, tmp_path, monkeypatch):
-    (tmp_path / "raw.safetensors").write_bytes(b"raw")
-    models = [small_krea.dit(replace(small_krea.CONFIG, text_taps=taps)) for taps in (4, 12, 12)]
-    monkeypatch.setitem(sys.modules, "k2model.layouts", SimpleNamespace(load_model=lambda *_: models.pop()))
+def test_weights_that_are_not_at_hand_are_named(released, tmp_path):
+    for taps in (4, 12):
+        save_file(small_krea.dit(replace(small_krea.CONFIG, text_taps=taps)).state_dict(), tmp_path / f"{taps}.safetensors")
     settings = {"prompt": ("a",), "out": str(tmp_path / "out"), "size": "32x32", "device": "cpu"}
     with pytest.raises(ValueError, match=r"cannot load the text encoder '/nowhere'"):
-        verb.sample(f"{tmp_path}/raw.safetensors", text="/nowhere", **settings)
+        verb.sample(f"{tmp_path}/12.safetensors", text="/nowhere", **settings)
     with pytest.raises(ValueError, match=r"reads 12 text states of width 32 per token, but this text encoder gives 2"):
-        verb.sample(f"{tmp_path}/raw.safetensors", text=str(released[0]), **settings)
+        verb.sample(f"{tmp_path}/12.safetensors", text=str(released[0]), **settings)
     with pytest.raises(ValueError, match=r"cannot load the VAE '/nowhere'"):
-        verb.sample(f"{tmp_path}/raw.safetensors", text="hash", vae="/nowhere", **settings)
+        verb.sample(f"{tmp_path}/4.safetensors", text="hash", vae="/nowhere", **settings)
+
+
+def test_the_checkpoint_of_a_lora_is_no_model(trained, tmp_path):
+    shutil.copytree(trained / "checkpoints/000002", tmp_path / "000002")
+    (tmp_path / "000002/model.safetensors").rename(tmp_path / "000002/lora.safetensors")
+    with pytest.raises(ValueError, match="holds a LoRA and no model: give its base as --model"):
+        verb.sample(str(tmp_path / "000002"), ("a",), out=str(tmp_path / "out"), device="cpu")
 
 
 def test_the_commands_of_the_docs_are_understood():
