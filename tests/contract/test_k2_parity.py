@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from k2model import dit
-from k2model.dit import K2, K2_1B, NANO, Config, DiT, train_flops
+from k2model.dit import K2, K2_1B, NANO, Config, DiT
+from k2model.flops import train_flops
 
 diffusers = pytest.importorskip("diffusers", reason="the reference implementation is in the extra [train]")
 single_file = pytest.importorskip("diffusers.loaders.single_file_utils")
@@ -116,14 +117,14 @@ def test_outputs_and_all_gradients_equal_diffusers(config, lengths, size):
     assert output < 2e-6 and gradient < 2e-5
 
 
-def no_rotation(x, cos, sin):
+def no_rotation(x, rope):
     return x
 
 
 MUTATIONS = {
     "rope theta": lambda patch: patch.setattr(Config, "rope_theta", 1e4),
     "no rope": lambda patch: patch.setattr(dit, "rotate", no_rotation),
-    "rope turned the other way": lambda patch: patch.setattr(dit, "rotate", lambda x, c, s, rotate=dit.rotate: rotate(x, c, -s)),
+    "rope turned the other way": lambda patch: patch.setattr(dit, "rotate", lambda x, rope, rotate=dit.rotate: rotate(x, rope.conj())),
     "rows for columns": lambda patch: patch.setattr(
         Config, "rope_dims", property(lambda c: (c.rope_dims_of_k2[0] + 4, c.rope_dims_of_k2[1] - 4, c.rope_dims_of_k2[2]))
     ),
