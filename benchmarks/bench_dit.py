@@ -12,7 +12,6 @@ Appends one JSON line to benchmarks/results/dit.jsonl.
 
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -107,6 +106,12 @@ def rate(device: str, dtype: torch.dtype) -> float:
     return 2 * size**3 / min(seconds[1:])
 
 
+def highest_rss() -> int:
+    """Bytes; of this process alone, where getrusage would begin at its parent's."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+
 def peak(arguments: list[str]) -> float:
     """MiB that a step adds, from a process of its own."""
     return float(subprocess.run([sys.executable, __file__, *arguments], check=True, capture_output=True, text=True).stdout.split()[-1])
@@ -133,9 +138,9 @@ def main(
     if only:
         who, case, side = only.split(":")
         run = step(who, case, config, int(side), device, precision, compiled)
-        before = torch.cuda.memory_allocated() if device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        before = torch.cuda.memory_allocated() if device == "cuda" else highest_rss()
         run()
-        after = torch.cuda.max_memory_allocated() if device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        after = torch.cuda.max_memory_allocated() if device == "cuda" else highest_rss()
         print((after - before) / 2**20)
         return
     rows = []

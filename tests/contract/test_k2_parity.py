@@ -121,11 +121,17 @@ def no_rotation(x, rope):
     return x
 
 
+def columns_first(config, rows, columns, device, table=dit.rope_table):
+    """Positions (column, row) for the same tokens."""
+    return table(config, columns, rows, device).unflatten(0, (columns, rows)).transpose(0, 1).flatten(0, 1)
+
+
 MUTATIONS = {
     "rope theta": lambda patch: patch.setattr(Config, "rope_theta", 1e4),
     "no rope": lambda patch: patch.setattr(dit, "rotate", no_rotation),
     "rope turned the other way": lambda patch: patch.setattr(dit, "rotate", lambda x, rope, rotate=dit.rotate: rotate(x, rope.conj())),
-    "rows for columns": lambda patch: patch.setattr(
+    "rows for columns": lambda patch: patch.setattr(dit, "rope_table", columns_first),
+    "another split of the head over the axes": lambda patch: patch.setattr(
         Config, "rope_dims", property(lambda c: (c.rope_dims_of_k2[0] + 4, c.rope_dims_of_k2[1] - 4, c.rope_dims_of_k2[2]))
     ),
     "sine before cosine": lambda patch: patch.setattr(dit, "time_features", lambda t, n, f=dit.time_features: f(t, n).roll(n // 2, -1)),
