@@ -169,7 +169,13 @@ def expected_shapes(config: Config) -> dict[str, tuple[int, ...]]:
 
 
 def diffusers_config(config: Config) -> dict[str, Any]:
-    """config.json of diffusers' Krea2Transformer2DModel."""
+    """config.json of diffusers' Krea2Transformer2DModel.
+
+    Raises:
+        ValueError: the model narrows its text fusion, which that class cannot.
+    """
+    if config.fusion_width:
+        raise ValueError(f"diffusers' K2 has no text fusion narrowed to {config.fusion_width}. Write --layout official, which we read.")
     shapes = expected_shapes(config)
     return {
         "_class_name": "Krea2Transformer2DModel",
@@ -282,8 +288,9 @@ def _infer(path: Path, tensors: dict[str, Stored]) -> Config:
     width, token_dim = shape("first.weight", 2)
     head_dim = shape("blocks.0.attn.qknorm.qnorm.scale", 1)[0]
     fusion_head = shape("txtfusion.layerwise_blocks.0.attn.qknorm.qnorm.scale", 1)[0]
-    text_dim = shape("txtmlp.0.scale", 1)[0]
-    for name, whole, part in (("blocks.0", width, head_dim), ("txtfusion.layerwise_blocks.0", text_dim, fusion_head)):
+    fusion_dim = shape("txtmlp.0.scale", 1)[0]
+    narrowed = "txtfusion.narrow.weight" in tensors  # of our small models
+    for name, whole, part in (("blocks.0", width, head_dim), ("txtfusion.layerwise_blocks.0", fusion_dim, fusion_head)):
         if whole % part:
             raise ValueError(
                 f"{path}: {name}.attn.qknorm.qnorm.scale is [{part}], expected a divisor of the width {whole}. "
@@ -295,9 +302,10 @@ def _infer(path: Path, tensors: dict[str, Stored]) -> Config:
             num_blocks=count("blocks."),
             num_heads=width // head_dim,
             num_kv_heads=shape("blocks.0.attn.wk.weight", 2)[0] // head_dim,
-            text_dim=text_dim,
+            text_dim=shape("txtfusion.narrow.weight", 2)[1] if narrowed else fusion_dim,
+            fusion_width=fusion_dim if narrowed else None,
             text_taps=shape("txtfusion.projector.weight", 2)[1],
-            text_heads=text_dim // fusion_head,
+            text_heads=fusion_dim // fusion_head,
             num_fusion_blocks=count("txtfusion.layerwise_blocks."),
             channels=token_dim // Config.patch**2,
             time_dim=shape("tmlp.0.weight", 2)[1],

@@ -71,7 +71,7 @@ def train(
 
     Args:
         data: Run folder with packed/<policy> of every phase.
-        recipe: k2-nano, k2, or a file of yours as my.py:name.
+        recipe: k2-nano, k2-1b, k2, or a file of yours as my.py:name.
         out: Folder of the training run; default DATA/train/<recipe>.
         device: auto, cpu or cuda.
         threads: CPU threads of torch; default all. Losses are equal only for an equal number.
