@@ -5,6 +5,7 @@ shape before a single value is read. The official names are those of `k2model.di
 values of a tensor lie in the same order in all, so a conversion copies bytes.
 """
 
+import hashlib
 import json
 import logging
 import math
@@ -72,6 +73,16 @@ class Checkpoint:
     config: Config
     tensors: dict[str, Stored]
     scales: dict[str, Tensor]  # official name of a scaled FP8 weight -> float32 ()
+
+    def digest(self) -> str:
+        """A short hash (12 hex digits) that knows models apart: of names, dtypes, shapes, and the first values of every tensor."""
+        found = hashlib.sha256()
+        for name, stored in self.tensors.items():
+            found.update(f"{name} {stored.dtype} {stored.shape}".encode())
+            with open(stored.path, "rb") as file:
+                file.seek(stored.start)
+                found.update(file.read(min(1 << 16, math.prod(stored.shape) * stored.dtype.itemsize)))
+        return found.hexdigest()[:12]
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """One tensor in its official shape, on the CPU. Without a dtype FP8 becomes bfloat16 and the rest stays as stored."""
@@ -209,7 +220,8 @@ def _files(path: Path) -> tuple[dict[Path, list[str]], dict[str, float]]:
     if (path / "state.json").is_file():  # a training checkpoint: its other files are optimizer and codec
         if not (path / "model.safetensors").is_file():
             raise ValueError(f"{path} is a training checkpoint without model.safetensors (of a LoRA run?). Give a checkpoint of a model.")
-        model = json.loads((path / "state.json").read_text()).get("config", {}).get("recipe", {}).get("model", {})
+        run = json.loads((path / "state.json").read_text()).get("config", {}).get("description", {})
+        model = run.get("recipe", {}).get("model", {})
         return {path / "model.safetensors": []}, {key: model[key] for key in ("rope_theta", "eps") if key in model}
     indexes = sorted(path.glob("*.safetensors.index.json"))
     if indexes:

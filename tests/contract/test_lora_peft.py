@@ -25,7 +25,9 @@ def trained(seed: int = 2) -> nn.Module:
 
 
 def test_peft_s_own_layer_and_file_give_our_outputs(tmp_path):
-    config = peft.LoraConfig(r=4, lora_alpha=2, target_modules=r".*blocks\.\d+\.(attn\.(wq|wk|wv|wo|gate)|mlp\.(gate|up|down))", init_lora_weights=False)
+    config = peft.LoraConfig(
+        r=4, lora_alpha=2, target_modules=r".*blocks\.\d+\.(attn\.(wq|wk|wv|wo|gate)|mlp\.(gate|up|down))", init_lora_weights=False
+    )
     theirs = peft.get_peft_model(small_model(), config)
     theirs.save_pretrained(tmp_path)
     model = small_model()

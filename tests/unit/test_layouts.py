@@ -46,7 +46,9 @@ def test_a_training_checkpoint_is_a_checkpoint(tmp_path):
     from k2model import checkpoint
 
     model = small_model()
-    place = checkpoint.save(tmp_path, 7, {"model": model.state_dict(), "vae": {}}, {"config": {"recipe": {"model": {"eps": 1e-6}}}})
+    place = checkpoint.save(
+        tmp_path, 7, {"model": model.state_dict(), "vae": {}}, {"config": {"description": {"recipe": {"model": {"eps": 1e-6}}}}}
+    )
     assert open_checkpoint(place).config.eps == 1e-6
     assert torch.equal(load_model(place).state_dict()["first.weight"], model.first.weight)
     lora = checkpoint.save(tmp_path, 8, {"lora": {"x": torch.zeros(1)}}, {})
