@@ -4,10 +4,11 @@
 
 Per kind of damage (severities 3 to 5 against clean pictures) the AUROC of the SAE's tag set (and of the best set that need not spare any
 style, `discovered`) beside a linear probe and the difference of means on the same vectors, the best pixel column of the stage `defects`,
-and where the tower is a SigLIP-2 its text prompts; per style family what the tags remove. Then the argument of K2's report: a quality
-score (BRISQUE, from the package `brisque` 0.2.0: `pip install --no-deps brisque libsvm-official`; no weights of an aesthetic head can be
-had offline) removes how much of each style at the recall of damage that the tags have? Appends a JSON line to
-benchmarks/results/artifacts.jsonl and draws docs/images/artifacts_vs_aesthetic.png.
+and where the tower is a SigLIP-2 its text prompts; the recall that a linear direction keeps when it has to spare the styles too
+(`spared`: what the vectors allow); per style family what the tags remove, and what those remove that somebody signed (`signed`). Then the
+argument of K2's report: a quality score (BRISQUE, from the package `brisque` 0.2.0: `pip install --no-deps brisque libsvm-official`; no
+weights of an aesthetic head can be had offline) removes how much of each style at the recall of damage that the tags have? Appends a JSON
+line to benchmarks/results/artifacts.jsonl and draws docs/images/artifacts_vs_aesthetic.png.
 """
 
 import json
@@ -20,7 +21,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 import tyro
-from sklearn.linear_model import LogisticRegressionCV
+from sklearn.linear_model import LogisticRegression, LogisticRegressionCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from tqdm import tqdm
@@ -29,11 +30,13 @@ from curation import contrast_set, tag_names
 from curation import tag_statistics as statistics
 from curation.contrast_set import ContrastSet
 from curation.decode import decode
-from curation.firing import read_fitted
+from curation.firing import Fitted, read_fitted
+from curation.reviews import table_path
 from curation.siglip_text import embed_texts
 from curation.stages import defects
 from curation.tag_evidence import random_control, together
 from curation.tag_select import VISIBLE, Cuts, Rules, Selection, Values, feature_values, greedy, harmless, kinds, score, select
+from curation.tags import fires, read_csv
 from curation.towers import Siglip, available
 from pipelines.run_folder import commit, versions
 
@@ -90,6 +93,7 @@ def main(
     pixels = {part: Pixels(contrast, part, images, only, num_pixels) for part in ("estimate", "report")}
     columns = by_columns(pixels)
     prompts, unbound = by_prompts(tower, contrast), without_budget(selection, estimate, report, rules)
+    spared = sparing(contrast)
     table = {}
     for name, row in ours["damage"].items():
         probe, means = probes[name]
@@ -102,6 +106,7 @@ def main(
             "pixels": columns.get(name),
             "prompts": prompts.get(name),
             "recall": row["recall"],
+            "spared": spared[name],
             "recall_by_severity": row["recall_by_severity"],
             "num_tags": len(row["features"]),
             "seen": bool(probe >= 0.75),
@@ -119,6 +124,7 @@ def main(
         "removed": ours["removed"],
         "worst_family": ours["worst_family"],
         "worst_of_the_issue": max((ours["removed"][name]["share"], name) for name in SAFE if name in ours["removed"]),
+        "signed": by_signed(known, report),
         "random_sae": {"num_tags": control["num_tags"], "worst_family": control["worst_family"]["share"]},
         "quality": None,
     }
@@ -151,6 +157,24 @@ def linear(contrast: ContrastSet) -> dict[str, tuple[float, float]]:
         scores = ((probe.decision_function(v), v @ along) for v in (unseen, held_out))
         (probe_up, means_up), (probe_down, means_down) = scores
         found[name] = tuple(round(float(statistics.auroc(u, d)), 4) for u, d in ((probe_up, probe_down), (means_up, means_down)))
+    return found
+
+
+def sparing(contrast: ContrastSet) -> dict[str, dict[str, float]]:
+    """kind -> recall on `report`, and the largest share of a harmless family that goes, of one linear direction per kind that had the
+    styles of `estimate` among its negatives and stands above all of them: what the vectors allow when styles must stay."""
+    names = [name for role in ("clean", "style", "control") for name in kinds(contrast.families, role)]
+    known, unseen = ({n: rows for n in names if len(rows := rows_of(contrast, part, n))} for part in ("estimate", "report"))
+    negative, found = np.concatenate([*known.values(), rows_of(contrast, "fit", "clean")]), {}
+    for name in tqdm(kinds(contrast.families, "damage"), desc="probes that spare styles"):
+        damaged = np.concatenate([rows_of(contrast, part, name, VISIBLE) for part in ("fit", "estimate")])
+        labels = np.repeat([1, 0], [len(damaged), len(negative)])
+        regression = LogisticRegression(C=3e-3, class_weight="balanced", max_iter=300)
+        probe = make_pipeline(StandardScaler(), regression).fit(np.concatenate([damaged, negative]), labels)
+        cut = max(probe.decision_function(rows).max() for rows in known.values())
+        over = {n: float((probe.decision_function(rows) > cut).mean()) for n, rows in unseen.items()}
+        recall = float((probe.decision_function(rows_of(contrast, "report", name, VISIBLE)) > cut).mean())
+        found[name] = {"recall": round(recall, 4), "worst_family": round(max(over.values()), 4)}
     return found
 
 
@@ -212,6 +236,19 @@ def by_columns(pixels: dict[str, Pixels]) -> dict[str, dict[str, Any]]:
         value = float(area("report", name)[best])
         found[name] = {"column": COLUMNS[best], "auroc": round(value if known[best] >= 0.5 else 1 - value, 4)}
     return found
+
+
+def by_signed(known: Fitted, report: Values) -> dict[str, Any]:
+    """What the signed tags of the table do on `report`: recall of visible damage, and pictures of each harmless family that go."""
+    signed = [tag for tag in read_csv(table_path(known.folder)) if tag.signed and tag.weights == known.weights]
+    own = known.sae.threshold.numpy()
+
+    def share(rows: np.ndarray) -> float:
+        return round(float(fires(rows + own, signed).mean()), 4)
+
+    recall = {name: share(report.values[report.named(name, VISIBLE)]) for name in kinds(report.families, "damage")}
+    removed = {name: [int(fires(rows + own, signed).sum()), len(rows)] for name, rows in harmless(report).items()}
+    return {"num_tags": sum(tag.verdict == "artifact" for tag in signed), "recall": recall, "removed": removed}
 
 
 def by_prompts(tower: Any, contrast: ContrastSet) -> dict[str, float]:
@@ -318,14 +355,16 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
 def lines(result: dict[str, Any]) -> str:
     """The result as text."""
-    found = [f"{'damage':<17}{'tags':>5}{'SAE':>8}{'all':>8}{'probe':>8}{'ratio':>7}{'means':>8}{'pixels':>8}{'recall':>8}"]
+    found = [f"{'damage':<17}{'tags':>5}{'SAE':>8}{'all':>8}{'probe':>8}{'ratio':>7}{'means':>8}{'pixels':>8}{'recall':>8}{'spared':>8}"]
     for name, row in result["damage"].items():
         pixel = f"{row['pixels']['auroc']:>8.3f}" if row["pixels"] else f"{'-':>8}"
         cells = f"{row['num_tags']:>5}{row['sae'][0]:>8.3f}{row['discovered']:>8.3f}{row['probe']:>8.3f}"
         cells += f"{row['ratio']:>7.2f}{row['means']:>8.3f}{pixel}"
-        found.append(f"{name:<17}{cells}{row['recall']:>8.3f}" + ("" if row["seen"] else "   the tower hardly sees it"))
+        cells += f"{row['recall']:>8.3f}{row['spared']['recall']:>8.3f}"
+        found.append(f"{name:<17}{cells}" + ("" if row["seen"] else "   the tower hardly sees it"))
     found += [f"{n:<17}{r['removed']:>5} of {r['num']:<5} at most {r['upper']:.2%}" for n, r in result["removed"].items()]
     found.append(f"pictures {result['pictures']}, worst {result['worst_family']}, random SAE {result['random_sae']}")
+    found += [f"signed: {json.dumps(result['signed'])}"]
     if result["quality"]:
         found.append(json.dumps(result["quality"].get("by_recall")))
     return "\n".join(found)

@@ -26,7 +26,7 @@ def window(image: np.ndarray, max_side: int = MAX_SIDE) -> np.ndarray:
     return np.ascontiguousarray(image[top : top + max_side, left : left + max_side])
 
 
-def view(image: np.ndarray, rng: np.random.Generator, damage: float = 0.3, style: float = 0.15) -> np.ndarray:
+def view(image: np.ndarray, rng: np.random.Generator, damage: float = 0.5, style: float = 0.15) -> np.ndarray:
     """A training view: a random window (30 to 100 % of the area), mirrored half of the time, sometimes damaged or restyled.
 
     A sparse autoencoder spends no feature on what it rarely sees, so damage is mixed into its rows; no label enters its loss.

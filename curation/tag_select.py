@@ -37,9 +37,9 @@ class Rules:
     false_discoveries: float = 0.01  # Benjamini-Hochberg, within each kind of damage
     dose: float = 0.1  # least Spearman correlation with the severity, on `fit`
     selectivity: float = 0.0  # AUROC for the damage minus the largest for a style, on `estimate`
-    recall: float = 0.04  # least share of visible damage above the threshold, on `estimate`
+    recall: float = 0.005  # least share of visible damage above the threshold, on `estimate`
     reached: float = 0.5  # share of the sources in which it fires at all under the damage
-    margin: float = 0.25  # standard deviations (of clean pictures) of a threshold above what the budget asks for
+    margin: float = 0.75  # standard deviations (of clean pictures) of a threshold above what the budget asks for
     set_size: int = 8  # features per kind of damage
     gain: float = 0.004  # least gain of AUROC that a further feature of a set must bring
 

@@ -180,7 +180,15 @@ def expected_shapes(config: Config) -> dict[str, tuple[int, ...]]:
 
 
 def diffusers_config(config: Config) -> dict[str, Any]:
-    """config.json of diffusers' Krea2Transformer2DModel."""
+    """config.json of diffusers' Krea2Transformer2DModel.
+
+    Raises:
+        ValueError: the model narrows its text (k2-1b), which diffusers' class cannot.
+    """
+    if config.fusion_width:
+        raise ValueError(
+            f"diffusers has no place for txtfusion.narrow.weight ({config.text_dim} -> {config.fusion_width}). Use --layout official."
+        )
     shapes = expected_shapes(config)
     return {
         "_class_name": "Krea2Transformer2DModel",
@@ -294,8 +302,10 @@ def _infer(path: Path, tensors: dict[str, Stored]) -> Config:
     width, token_dim = shape("first.weight", 2)
     head_dim = shape("blocks.0.attn.qknorm.qnorm.scale", 1)[0]
     fusion_head = shape("txtfusion.layerwise_blocks.0.attn.qknorm.qnorm.scale", 1)[0]
-    text_dim = shape("txtmlp.0.scale", 1)[0]
-    for name, whole, part in (("blocks.0", width, head_dim), ("txtfusion.layerwise_blocks.0", text_dim, fusion_head)):
+    fusion_dim = shape("txtmlp.0.scale", 1)[0]
+    narrowed = "txtfusion.narrow.weight" in tensors  # k2-1b and its like; the released model has none
+    text_dim = shape("txtfusion.narrow.weight", 2)[1] if narrowed else fusion_dim
+    for name, whole, part in (("blocks.0", width, head_dim), ("txtfusion.layerwise_blocks.0", fusion_dim, fusion_head)):
         if whole % part:
             raise ValueError(
                 f"{path}: {name}.attn.qknorm.qnorm.scale is [{part}], expected a divisor of the width {whole}. "
@@ -309,7 +319,8 @@ def _infer(path: Path, tensors: dict[str, Stored]) -> Config:
             num_kv_heads=shape("blocks.0.attn.wk.weight", 2)[0] // head_dim,
             text_dim=text_dim,
             text_taps=shape("txtfusion.projector.weight", 2)[1],
-            text_heads=text_dim // fusion_head,
+            text_heads=fusion_dim // fusion_head,
+            fusion_width=fusion_dim if narrowed else None,
             num_fusion_blocks=count("txtfusion.layerwise_blocks."),
             channels=token_dim // Config.patch**2,
             time_dim=shape("tmlp.0.weight", 2)[1],

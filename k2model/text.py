@@ -10,9 +10,12 @@ import hashlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Encode = Callable[[list[str]], tuple[Tensor, Tensor]]
@@ -23,21 +26,23 @@ PREFIX = (
     "spatial relationships of the objects and background:<|im_end|>\n<|im_start|>user\n"
 )
 SUFFIX = "<|im_end|>\n<|im_start|>assistant\n"
+PACKED = "k2model_packed"  # our attention function's name in transformers
 
 
 @dataclass(frozen=True)
 class Qwen3VLText:
     """The language model of Qwen3-VL at the layers that K2 taps (0 would be the embeddings).
 
-    K2's own code pads inside the template, `[prefix | prompt | padding | suffix]`, with positions that count real
-    tokens only. Encoding `[prefix | prompt | suffix]` without that gap gives the same states (tested), so padding
-    goes to the end, and only as much as the batch needs.
+    `load` is the fast form: captions lie one after the other without padding, the template's prefix is run once and its
+    keys and values are kept, and nothing above the last tap is loaded or run (no last layer, final norm or language-model
+    head). `load_as_released` is K2's own layout. Both give the same states for every valid token (tested, against
+    diffusers too).
     """
 
-    path: str = "Qwen/Qwen3-VL-4B-Instruct"  # a folder, or a name in the hub cache
+    path: str = "Qwen/Qwen3-VL-4B-Instruct"  # a folder, or a name in the hub cache; a folder may be a whole diffusers pipeline
     taps: tuple[int, ...] = (2, 5, 8, 11, 14, 17, 20, 23, 26, 29, 32, 35)
     dim: int = 2560
-    max_tokens: int = 512  # prompt and suffix
+    max_tokens: int = 512  # prompt and suffix; longer prompts are cut
     dtype: str = "bfloat16"
 
     @property
@@ -49,48 +54,127 @@ class Qwen3VLText:
         Raises:
             ValueError: the weights are not at hand, or do not have these layers and this width.
         """
+        from transformers import AttentionInterface
+
+        AttentionInterface.register(PACKED, _packed_attention)
+        tokenizer, model = self._load(device, PACKED)
+        model.layers = model.layers[: max(self.taps)]
+        return _PackedEncoder(self, tokenizer, model)
+
+    def load_as_released(self, device: str | torch.device) -> Encode:
+        """K2's own layout, always `max_tokens` wide: `[prefix | prompt | padding | suffix]`, positions that count valid tokens only.
+
+        Slower (546 tokens for every caption, all layers); the reference for tests and measurements. Raises as `load` does.
+        """
+        return functools.partial(self._encode_as_released, *self._load(device, "sdpa"))
+
+    def _load(self, device: str | torch.device, attention: str) -> tuple[Any, Any]:
         from transformers import AutoTokenizer, Qwen3VLModel
 
+        pipeline = Path(self.path)
+        weights, words = ((pipeline / name if (pipeline / name).is_dir() else self.path) for name in ("text_encoder", "tokenizer"))
         try:
-            tokenizer = AutoTokenizer.from_pretrained(self.path)
-            model = Qwen3VLModel.from_pretrained(self.path, dtype=getattr(torch, self.dtype)).language_model
+            tokenizer = AutoTokenizer.from_pretrained(words)
+            model = Qwen3VLModel.from_pretrained(weights, dtype=getattr(torch, self.dtype), attn_implementation=attention).language_model
         except OSError as error:
             raise ValueError(f"cannot load the text encoder {self.path!r} ({error}). Give a folder with its weights.") from error
         width, depth = model.config.hidden_size, len(model.layers)
-        if width != self.dim or depth < max(self.taps):
+        if width != self.dim or depth <= max(self.taps):  # the state above the last layer is normed, so it is no tap
             raise ValueError(f"{self.path} has {depth} layers of width {width}, but the recipe taps {self.taps} at width {self.dim}")
-        model.layers = model.layers[: max(self.taps)]  # nothing above the last tap is read
-        model.eval().requires_grad_(False).to(device)
-        return functools.partial(self._encode, tokenizer, model)
+        return tokenizer, model.eval().requires_grad_(False).to(device)
 
-    def _encode(self, tokenizer, model, captions: list[str]) -> tuple[Tensor, Tensor]:
-        num_prefix = len(tokenizer(PREFIX).input_ids)
-        suffix = tokenizer(SUFFIX).input_ids
-        # Prefix and prompt are one string for the tokenizer, as in K2: a prompt that starts with a newline merges with the prefix.
-        longest = num_prefix + self.max_tokens - len(suffix)
-        rows = [tokenizer(PREFIX + caption).input_ids[:longest] + suffix for caption in captions]
-        length = max(map(len, rows))
-        ids = torch.tensor([row + [suffix[-1]] * (length - len(row)) for row in rows], device=model.device)
-        mask = torch.arange(length, device=model.device) < torch.tensor([len(row) for row in rows], device=model.device)[:, None]
+    def token_ids(self, tokenizer: Any, captions: list[str]) -> list[list[int]]:
+        """Prefix and prompt of each caption, cut so that prompt and suffix fit into `max_tokens`.
 
-        states: dict[int, Tensor] = {}
+        They are one string for the tokenizer, as in K2: a prompt that starts with a newline merges with the prefix's last token.
+        """
+        longest = len(tokenizer(PREFIX).input_ids) + self.max_tokens - len(tokenizer(SUFFIX).input_ids)
+        return [tokenizer(PREFIX + caption).input_ids[:longest] for caption in captions]
 
-        def keep(tap: int, output: Tensor) -> None:
-            states[tap] = output
+    @torch.no_grad()
+    def _encode_as_released(self, tokenizer: Any, model: Any, captions: list[str]) -> tuple[Tensor, Tensor]:
+        num_prefix, suffix = len(tokenizer(PREFIX).input_ids), tokenizer(SUFFIX).input_ids
+        prompts = self.token_ids(tokenizer, captions)
+        gaps = [num_prefix + self.max_tokens - len(suffix) - len(prompt) for prompt in prompts]
+        ids = [prompt + [tokenizer.pad_token_id] * gap + suffix for prompt, gap in zip(prompts, gaps, strict=True)]
+        valid = [[True] * len(prompt) + [False] * gap + [True] * len(suffix) for prompt, gap in zip(prompts, gaps, strict=True)]
+        mask = torch.tensor(valid, device=model.device)
+        # transformers >= 5 numbers positions by raw index when they are not given, which shifts the suffix.
+        positions = (mask.cumsum(1) - 1).expand(3, *mask.shape)
+        out = model(
+            input_ids=torch.tensor(ids, device=model.device),
+            attention_mask=mask,
+            position_ids=positions,
+            use_cache=False,
+            output_hidden_states=True,
+        )
+        states = torch.stack([out.hidden_states[tap] for tap in self.taps], dim=2)
+        return states[:, num_prefix:], mask[:, num_prefix:]
 
-        # transformers >= 5 numbers positions by raw index when they are not given, which is wrong as soon as padding is inside.
-        positions = torch.arange(length, device=model.device).expand(3, len(rows), length)
-        hooks = [
-            model.layers[tap - 1].register_forward_hook(lambda _module, _args, output, tap=tap: keep(tap, output)) for tap in self.taps
-        ]
-        try:
-            with torch.no_grad():
-                model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        stack = torch.stack([states[tap] for tap in self.taps], dim=2)[:, num_prefix:]
-        return stack, mask[:, num_prefix:]
+
+class _PackedEncoder:
+    """The captions of a batch as one sequence in which each attends to the prefix, once in memory, and to itself."""
+
+    def __init__(self, text: Qwen3VLText, tokenizer: Any, model: Any):
+        self.text, self.tokenizer, self.model = text, tokenizer, model
+        self.prefix, self.suffix = tokenizer(PREFIX).input_ids, tokenizer(SUFFIX).input_ids
+        self.cache: list[tuple[Tensor, Tensor]] = []  # keys and values (1, heads, prefix, head_dim) of every layer
+        with torch.no_grad():
+            self._run([self.prefix], 0, self.cache.append)
+
+    @torch.no_grad()
+    def __call__(self, captions: list[str]) -> tuple[Tensor, Tensor]:
+        rows = [prompt + self.suffix for prompt in self.text.token_ids(self.tokenizer, captions)]
+        cached = min(_common(self.prefix, row) for row in rows)  # less than the whole prefix where a prompt merged with its end
+        drop = len(self.prefix) - cached
+        packed = self._run([row[cached:] for row in rows], cached)
+        lengths = torch.tensor([len(row) - len(self.prefix) for row in rows])
+        mask = (torch.arange(int(lengths.max())) < lengths[:, None]).to(packed.device)
+        states = packed.new_zeros(*mask.shape, *packed.shape[1:])
+        keep = [torch.arange(len(row) - cached) >= drop for row in rows]
+        states[mask] = packed[torch.cat(keep).to(packed.device)]
+        return states, mask
+
+    def _run(self, rows: list[list[int]], cached: int, keep: Callable[[tuple[Tensor, Tensor]], None] | None = None) -> Tensor:
+        """States (tokens of all rows, taps, dim); `cached` tokens of the prefix come before every row, from the cache."""
+        model = self.model
+        x = model.embed_tokens(torch.tensor([[token for row in rows for token in row]], device=model.device))
+        positions = torch.cat([torch.arange(cached, cached + len(row)) for row in rows]).to(model.device)
+        rope = model.rotary_emb(x, positions.expand(3, 1, -1))
+        states = {}
+        for i, layer in enumerate(model.layers, start=1):
+            past = tuple(tensor[:, :, :cached] for tensor in self.cache[i - 1]) if cached else None
+            x = layer(x, position_embeddings=rope, lengths=[len(row) for row in rows], past=past, keep=keep)
+            if i in self.text.taps:
+                states[i] = x[0]
+        return torch.stack([states[tap] for tap in self.text.taps], dim=1)
+
+
+def _packed_attention(module, query, key, value, attention_mask, scaling, lengths, past, keep=None, **_) -> tuple[Tensor, None]:
+    """Causal attention of each segment to the cached prefix and to itself; an attention function as transformers calls it.
+
+    Args:
+        query: (1, heads, tokens, head_dim); key and value the same with fewer heads.
+        lengths: Tokens of every segment.
+        past: Keys and values of the prefix, or None.
+        keep: Called with the keys and values.
+    """
+    if keep is not None:
+        keep((key, value))
+    skip = 0 if past is None else past[0].shape[2]
+    out = []
+    for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True):
+        if past is not None:
+            k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
+        # Empty queries for the prefix make it square: plain causal attention, which kernels do without a mask.
+        attended = F.scaled_dot_product_attention(F.pad(q, (0, 0, skip, 0)), k, v, is_causal=True, scale=scaling, enable_gqa=True)
+        out.append(attended[:, :, skip:])
+    return torch.cat(out, dim=2).transpose(1, 2), None
+
+
+def _common(a: list[int], b: list[int]) -> int:
+    """How many first elements two lists share."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 @dataclass(frozen=True)

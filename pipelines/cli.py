@@ -19,6 +19,7 @@ VERBS = {
     "filter": "a policy over the annotations: selection and funnel",
     "pack": "a selection as training shards: crop, resize, bucket, shuffle",
     "train": "the curriculum on packed shards; again to resume",
+    "sample": "pictures of prompts from a checkpoint, with a contact sheet",
     "convert": "a checkpoint to the official, diffusers or ComfyUI FP8 layout, streamed",
     "sae": "fit, evaluate and tag the sparse autoencoder of the artifacts stage; its atlas and sign-off",
     "synthetic": "fit, evaluate and ask the detector of AI-generated images; audit what it leaves",

@@ -23,7 +23,8 @@ from tqdm import tqdm
 from curation.shards import write_bytes
 from k2model import checkpoint, flow, lora, optim
 from k2model.data import Batch, Cursor, Packed, to_images, to_pixels
-from k2model.dit import DiT, train_flops
+from k2model.dit import DiT
+from k2model.flops import train_flops
 from k2model.layouts import load_model, open_checkpoint
 from k2model.text import Encode
 from k2model.vae import FACTOR, Pca, PcaCodec, fit_pca, load_pca

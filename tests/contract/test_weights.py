@@ -29,7 +29,7 @@ def test_only_arrays_and_text_ship_and_they_are_small():
 def test_the_sae_belongs_to_the_tower_that_is_installed_and_says_what_made_it():
     metadata = sae.load("sae-compact").metadata
     assert metadata["tower"] == fitted.parse_tower(metadata["tower_spec"]).identity
-    assert metadata["command"].startswith("k2 sae fit --") and "--out sae-compact" in metadata["command"]
+    assert metadata["command"].startswith("k2 sae fit --tower compact ")
     assert metadata["data"] and metadata["evaluation"]
 
 
