@@ -66,10 +66,10 @@ def train(
     data: str,
     recipe: str = "k2-nano",
     out: str | None = None,
-    base: str | None = None,
     device: str = "auto",
     threads: int | None = None,
     dry_run: bool = False,
+    base: str | None = None,
 ) -> int:
     """Train a recipe on the packed sets of a run folder. The same command again goes on from the last checkpoint.
 
@@ -82,10 +82,10 @@ def train(
         data: Run folder with packed/<policy> of every phase.
         recipe: k2-nano, k2, lora-nano, lora-k2, or a file of yours as my.py:name.
         out: Folder of the training run; default DATA/train/<recipe>.
-        base: Of a LoRA recipe: the frozen model, in any layout that k2 convert reads.
         device: auto, cpu or cuda.
         threads: CPU threads of torch; default all. Losses are equal only for an equal number.
         dry_run: Print parameters, and steps, tokens and FLOPs per phase, and stop.
+        base: Of a LoRA recipe: the frozen model, in any layout that k2 convert reads.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("k2 train runs in one process for now, and torchrun started more. Start it without torchrun.")

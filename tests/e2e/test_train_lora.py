@@ -68,7 +68,7 @@ def base(data, tmp_path_factory) -> Path:
 def straight(data, base, tmp_path_factory) -> Path:
     recipes.TRAIN["lora-tiny"] = lora_recipe
     out = tmp_path_factory.mktemp("lora")
-    assert verb.train(str(data), "lora-tiny", str(out), str(base), "cpu", threads=1) == 0
+    assert verb.train(str(data), "lora-tiny", str(out), device="cpu", base=str(base), threads=1) == 0
     return out
 
 
@@ -139,7 +139,7 @@ def test_a_resumed_lora_run_has_the_same_losses_and_the_same_files(straight, dat
     for style in ("diffusers", "comfyui"):
         (out / f"lora-{style}.safetensors").unlink()
     moved = shutil.copytree(base, tmp_path / "the base elsewhere")
-    assert verb.train(str(data), "lora-tiny", str(out), str(moved), "cpu", threads=1) == 0
+    assert verb.train(str(data), "lora-tiny", str(out), device="cpu", base=str(moved), threads=1) == 0
     assert losses(out) == losses(straight)
     names = [f"lora-{style}.safetensors" for style in ("diffusers", "comfyui")]
     for name in [*names, f"checkpoints/{STEPS:06d}/lora.safetensors", f"checkpoints/{STEPS:06d}/optimizer.safetensors"]:
@@ -152,20 +152,20 @@ def test_the_base_is_never_changed_and_must_be_the_one_that_the_run_began_with(s
     content[-1] ^= 1
     (other / "model.safetensors").write_bytes(content)
     with pytest.raises(ValueError, match="base: "):
-        verb.train(str(data), "lora-tiny", str(straight), str(other), "cpu", threads=1)
+        verb.train(str(data), "lora-tiny", str(straight), device="cpu", base=str(other), threads=1)
 
 
 def test_a_base_that_is_missing_or_does_not_fit_is_told(data, base, tmp_path, monkeypatch, capsys):
     with pytest.raises(ValueError, match="give its frozen model with --base"):
         verb.train(str(data), "lora-tiny", str(tmp_path / "a"), device="cpu")
     with pytest.raises(ValueError, match="--base is for LoRA recipes"):
-        verb.train(str(data), "tiny-base", str(tmp_path / "a"), str(base), "cpu")
+        verb.train(str(data), "tiny-base", str(tmp_path / "a"), device="cpu", base=str(base))
     with pytest.raises(ValueError, match=r"has no vae\.safetensors"):
-        verb.train(str(data), "lora-tiny", str(tmp_path / "a"), str(base / "model.safetensors"), "cpu")
+        verb.train(str(data), "lora-tiny", str(tmp_path / "a"), device="cpu", base=str(base / "model.safetensors"))
     wide = replace(lora_recipe(), model=replace(lora_recipe().model, width=128))
     monkeypatch.setitem(recipes.TRAIN, "lora-tiny", lambda: wide)
     with pytest.raises(ValueError, match=r"is a model of .*width=64.* is for .*width=128"):
-        verb.train(str(data), "lora-tiny", str(tmp_path / "a"), str(base), "cpu")
+        verb.train(str(data), "lora-tiny", str(tmp_path / "a"), device="cpu", base=str(base))
     assert not (tmp_path / "a").exists()
 
 
