@@ -52,6 +52,8 @@ def plan(checkpoint: Checkpoint, layout: str, dtype: str = "keep") -> list[New]:
     if layout not in LAYOUTS or dtype not in ("keep", "released", *DTYPES):
         raise ValueError(f"layout {layout!r}, dtype {dtype!r}: choose from {', '.join(LAYOUTS)}, and keep, released, {', '.join(DTYPES)}")
     shapes = expected_shapes(checkpoint.config)
+    if layout == "diffusers":
+        diffusers_config(checkpoint.config)  # refuses what diffusers cannot hold
     out: list[New] = []
     for name, stored in checkpoint.tensors.items():
         shape, scale = shapes[name], checkpoint.scales.get(name)

@@ -5,6 +5,7 @@ shape before a single value is read. The official names are those of `k2model.di
 values of a tensor lie in the same order in all, so a conversion copies bytes.
 """
 
+import hashlib
 import json
 import logging
 import math
@@ -72,6 +73,16 @@ class Checkpoint:
     config: Config
     tensors: dict[str, Stored]
     scales: dict[str, Tensor]  # official name of a scaled FP8 weight -> float32 ()
+
+    def digest(self) -> str:
+        """A short hash (12 hex digits) that knows models apart: of names, dtypes, shapes, and the first values of every tensor."""
+        found = hashlib.sha256()
+        for name, stored in self.tensors.items():
+            found.update(f"{name} {stored.dtype} {stored.shape}".encode())
+            with open(stored.path, "rb") as file:
+                file.seek(stored.start)
+                found.update(file.read(min(1 << 16, math.prod(stored.shape) * stored.dtype.itemsize)))
+        return found.hexdigest()[:12]
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """One tensor in its official shape, on the CPU. Without a dtype FP8 becomes bfloat16 and the rest stays as stored."""
@@ -172,10 +183,12 @@ def diffusers_config(config: Config) -> dict[str, Any]:
     """config.json of diffusers' Krea2Transformer2DModel.
 
     Raises:
-        ValueError: the model narrows its text fusion, which that class cannot.
+        ValueError: the model narrows its text (k2-1b), which diffusers' class cannot.
     """
     if config.fusion_width:
-        raise ValueError(f"diffusers' K2 has no text fusion narrowed to {config.fusion_width}. Write --layout official, which we read.")
+        raise ValueError(
+            f"diffusers has no place for txtfusion.narrow.weight ({config.text_dim} -> {config.fusion_width}). Use --layout official."
+        )
     shapes = expected_shapes(config)
     return {
         "_class_name": "Krea2Transformer2DModel",
@@ -215,7 +228,8 @@ def _files(path: Path) -> tuple[dict[Path, list[str]], dict[str, float]]:
     if (path / "state.json").is_file():  # a training checkpoint: its other files are optimizer and codec
         if not (path / "model.safetensors").is_file():
             raise ValueError(f"{path} is a training checkpoint without model.safetensors (of a LoRA run?). Give a checkpoint of a model.")
-        model = json.loads((path / "state.json").read_text()).get("config", {}).get("recipe", {}).get("model", {})
+        run = json.loads((path / "state.json").read_text()).get("config", {}).get("description", {})
+        model = run.get("recipe", {}).get("model", {})
         return {path / "model.safetensors": []}, {key: model[key] for key in ("rope_theta", "eps") if key in model}
     indexes = sorted(path.glob("*.safetensors.index.json"))
     if indexes:
@@ -289,7 +303,8 @@ def _infer(path: Path, tensors: dict[str, Stored]) -> Config:
     head_dim = shape("blocks.0.attn.qknorm.qnorm.scale", 1)[0]
     fusion_head = shape("txtfusion.layerwise_blocks.0.attn.qknorm.qnorm.scale", 1)[0]
     fusion_dim = shape("txtmlp.0.scale", 1)[0]
-    narrowed = "txtfusion.narrow.weight" in tensors  # of our small models
+    narrowed = "txtfusion.narrow.weight" in tensors  # k2-1b and its like; the released model has none
+    text_dim = shape("txtfusion.narrow.weight", 2)[1] if narrowed else fusion_dim
     for name, whole, part in (("blocks.0", width, head_dim), ("txtfusion.layerwise_blocks.0", fusion_dim, fusion_head)):
         if whole % part:
             raise ValueError(
@@ -302,7 +317,7 @@ def _infer(path: Path, tensors: dict[str, Stored]) -> Config:
             num_blocks=count("blocks."),
             num_heads=width // head_dim,
             num_kv_heads=shape("blocks.0.attn.wk.weight", 2)[0] // head_dim,
-            text_dim=shape("txtfusion.narrow.weight", 2)[1] if narrowed else fusion_dim,
+            text_dim=text_dim,
             fusion_width=fusion_dim if narrowed else None,
             text_taps=shape("txtfusion.projector.weight", 2)[1],
             text_heads=fusion_dim // fusion_head,

@@ -7,6 +7,7 @@ Files come in two key styles, and both are read and written: that of peft and di
 
 import json
 import math
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -85,6 +86,12 @@ def attach(model: nn.Module, lora: Lora, seed: int) -> int:
     return len(layers)
 
 
+def num_parameters(model: nn.Module, lora: Lora) -> int:
+    """How many values `attach` would train; the model may be on `meta`."""
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    return sum(lora.rank * sum(module.weight.shape) for name, module in linears.items() if re.fullmatch(lora.targets, name))
+
+
 def tensors(model: nn.Module) -> dict[str, Tensor]:
     """The trained tensors of a model with updates, by official name: what a checkpoint keeps."""
     return {name: tensor for name, tensor in model.state_dict().items() if name.endswith((".lora_A", ".lora_B"))}
@@ -99,8 +106,8 @@ def updates(model: nn.Module) -> dict[str, Update]:
     }
 
 
-def save(layers: dict[str, Update], path: str | Path, style: str, metadata: dict[str, str] | None = None) -> None:
-    """Write a LoRA file. The scale is multiplied into B, so alpha = rank, which all readers assume without a word of it.
+def save(layers: dict[str, Update], path: str | Path, style: str) -> None:
+    """Write a LoRA file, whole or not at all. The scale is multiplied into B, so alpha = rank, which all readers assume.
 
     Args:
         style: `diffusers` or `comfyui`.
@@ -115,7 +122,9 @@ def save(layers: dict[str, Update], path: str | Path, style: str, metadata: dict
         key = f"diffusion_model.{layer}" if style == "comfyui" else f"transformer.{_layer(to_diffusers, layer)}"
         found[f"{key}.lora_A.weight"] = update.down.cpu().contiguous()
         found[f"{key}.lora_B.weight"] = (update.scale * update.up.float()).to(update.up.dtype).cpu().contiguous()
-    save_file(found, path, {"format": "pt", **(metadata or {})})
+    temporary = Path(path).with_name(f".{Path(path).name}.tmp")
+    save_file(found, temporary, {"format": "pt"})
+    os.replace(temporary, path)
 
 
 def load(path: str | Path) -> dict[str, Update]:

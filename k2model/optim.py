@@ -5,12 +5,16 @@ from torch import Tensor, nn
 
 
 def adamw(model: nn.Module, lr: float, weight_decay: float, betas: tuple[float, float] = (0.9, 0.95)) -> torch.optim.AdamW:
-    """AdamW that decays matrices and, as K2 does, the zero-centred norm scales; not biases and modulation tables."""
+    """AdamW that decays matrices (a LoRA's too) and, as K2 does, the zero-centred norm scales; not biases and modulation tables.
+
+    Frozen parameters are left out.
+    """
     decay, rest = [], []
     for name, parameter in model.named_parameters():
-        (decay if name.endswith(("weight", "scale")) else rest).append(parameter)
+        if parameter.requires_grad:
+            (decay if name.endswith(("weight", "scale", "lora_A", "lora_B")) else rest).append(parameter)
     groups = [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=1e-8)
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, betas=betas, eps=1e-8)
 
 
 def warmup_stable_decay(step: int, num_steps: int, warmup: int, decay: int) -> float:

@@ -1,7 +1,7 @@
 """Safetensors files as streams: headers that are checked, and tensors read and written a piece at a time.
 
-A file of 26 GB is copied, renamed or cast with a few megabytes of memory: no tensor is ever held whole. Reading whole
-tensors is left to the safetensors library.
+A file of 26 GB is copied, renamed or cast in less memory than its largest tensor: no tensor is ever held whole, only
+pieces of PIECE values. The library's `save_file` wants all tensors in memory at once.
 """
 
 import json

@@ -25,7 +25,7 @@ def convert(
     model: str | None = None,
     dry_run: bool = False,
 ) -> int:
-    """Convert a K2 checkpoint. It is checked first, copied piece by piece (a few megabytes of memory), and is there whole or not at all.
+    """Convert a K2 checkpoint. It is checked first, copied piece by piece (no tensor is held whole), and is there whole or not at all.
 
     Layouts: official (krea/Krea-2-Raw and -Turbo; ComfyUI reads it too), diffusers (Krea2Transformer2DModel), fp8 (official
     names, every 2-D .weight cast to float8_e4m3fn), comfy-fp8 (the same with a scale per matrix, as ComfyUI reads it).
@@ -37,7 +37,7 @@ def convert(
         layout: The layout to write.
         dtype: Of what does not become FP8: keep as stored, Krea's released mix of bf16 and fp32, or one for all.
         shard_gb: In a folder, the largest file, in GB.
-        model: With --dry-run in place of --from: k2, k2-nano, ... in the released dtypes.
+        model: With --dry-run in place of --from: k2, k2-1b or k2-nano, in the released dtypes.
         dry_run: List every tensor, then counts and bytes, and write nothing.
     """
     if (source is None) == (model is None) or (model and not dry_run):
@@ -84,12 +84,10 @@ def config_of(model: str) -> dit.Config:
     Raises:
         ValueError: there is none of this name.
     """
-    from pipelines import recipes
-
-    plans = {name: recipe for name, recipe in recipes.TRAIN.items() if "lora" not in name}
-    if model not in plans:
-        raise ValueError(f"--model {model!r}: choose from {', '.join(plans)}")
-    return plans[model]().model
+    models = {"k2": dit.K2, "k2-1b": dit.K2_1B, "k2-nano": dit.NANO}
+    if model not in models:
+        raise ValueError(f"--model {model!r}: choose from {', '.join(models)}")
+    return models[model]
 
 
 def _count(tensor: New, progress: tqdm):

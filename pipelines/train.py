@@ -21,10 +21,11 @@ from safetensors.torch import save
 from tqdm import tqdm
 
 from curation.shards import write_bytes
-from k2model import checkpoint, flow, optim
+from k2model import checkpoint, flow, lora, optim
 from k2model.data import Batch, Cursor, Packed, to_images, to_pixels
 from k2model.dit import DiT
 from k2model.flops import train_flops
+from k2model.layouts import load_model, open_checkpoint
 from k2model.text import Encode
 from k2model.vae import FACTOR, Pca, PcaCodec, fit_pca, load_pca
 from pipelines import recipes
@@ -62,26 +63,39 @@ class Span(NamedTuple):
 
 
 def train(
-    data: str, recipe: str = "k2-nano", out: str | None = None, device: str = "auto", threads: int | None = None, dry_run: bool = False
+    data: str,
+    recipe: str = "k2-nano",
+    out: str | None = None,
+    device: str = "auto",
+    threads: int | None = None,
+    dry_run: bool = False,
+    base: str | None = None,
 ) -> int:
     """Train a recipe on the packed sets of a run folder. The same command again goes on from the last checkpoint.
 
-    Writes metrics.jsonl, loss.png, samples/<step>.png and checkpoints/<step>/ to the output folder. A phase whose packed
-    set is empty is skipped. Stops with exit code 1, before the weights change, when the loss or its gradient is not finite.
+    Writes metrics.jsonl, loss.png, samples/<step>.png and checkpoints/<step>/ to the output folder. A phase whose packed set
+    is empty is skipped. Stops with exit code 1, before the weights change, when the loss or its gradient is not finite.
+    A lora-* recipe trains a LoRA on a frozen --base: its checkpoints hold the LoRA alone, and at the end
+    lora-diffusers.safetensors and lora-comfyui.safetensors are there.
 
     Args:
         data: Run folder with packed/<policy> of every phase.
-        recipe: k2-nano, k2-1b, k2, or a file of yours as my.py:name.
+        recipe: k2-nano, k2-1b, k2, lora-nano, lora-k2, or a file of yours as my.py:name.
         out: Folder of the training run; default DATA/train/<recipe>.
         device: auto, cpu or cuda.
         threads: CPU threads of torch; default all. Losses are equal only for an equal number.
         dry_run: Print parameters, and steps, tokens and FLOPs per phase, and stop.
+        base: Of a LoRA recipe: the frozen model, in any layout that k2 convert reads.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("k2 train runs in one process for now, and torchrun started more. Start it without torchrun.")
     plan: TrainRecipe = recipes.find(recipe, recipes.TRAIN)
     if not isinstance(plan, TrainRecipe):
         raise ValueError(f"--recipe {recipe!r} is a {type(plan).__name__}, not a TrainRecipe; training recipes: {', '.join(recipes.TRAIN)}")
+    if base is not None and plan.lora is None:
+        raise ValueError(
+            f"--base is for LoRA recipes; {plan.name} trains a whole model. Leave it out, or give --recipe lora-nano or lora-k2"
+        )
     spans = curriculum(plan, data)
     if dry_run:
         for line in cost(plan, spans):
@@ -92,7 +106,7 @@ def train(
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     place = Path(out) if out else Path(data) / "train" / plan.name
-    return run(plan, spans, place, torch.device(device))
+    return run(plan, spans, place, torch.device(device), base)
 
 
 def curriculum(plan: TrainRecipe, data: str) -> list[Span]:
@@ -123,8 +137,10 @@ def curriculum(plan: TrainRecipe, data: str) -> list[Span]:
 def cost(plan: TrainRecipe, spans: list[Span]) -> list[dict[str, Any]]:
     """Parameters, then steps, images, tokens and training FLOPs per phase; buckets and batch sizes as packed."""
     with torch.device("meta"):
-        parameters = sum(parameter.numel() for parameter in DiT(plan.model).parameters())
-    lines: list[dict[str, Any]] = [{"recipe": plan.name, "parameters": parameters}]
+        model = DiT(plan.model)
+    lines: list[dict[str, Any]] = [{"recipe": plan.name, "parameters": sum(parameter.numel() for parameter in model.parameters())}]
+    if plan.lora:
+        lines[0]["trained"] = lora.num_parameters(model, plan.lora)
     for phase, packed, start, end in spans:
         share = (end - start) / len(packed)  # epochs
         images = image_tokens = flops = 0
@@ -147,9 +163,11 @@ def cost(plan: TrainRecipe, spans: list[Span]) -> list[dict[str, Any]]:
     return lines
 
 
-def run(plan: TrainRecipe, spans: list[Span], place: Path, device: torch.device) -> int:
+def run(plan: TrainRecipe, spans: list[Span], place: Path, device: torch.device, base: str | None = None) -> int:
     """Train from the last whole checkpoint to the end; 0 when done, 1 when a loss or gradient was not finite."""
     description = {"recipe": plan, "packed": {span.phase.name: span.packed.fingerprint for span in spans}}
+    if plan.lora:
+        description["base"] = check_base(plan, base)
     check_description(place, description, write=False)
     total = spans[-1].end
     last = checkpoint.latest(place / "checkpoints")
@@ -161,10 +179,10 @@ def run(plan: TrainRecipe, spans: list[Span], place: Path, device: torch.device)
     encode = plan.text.load(device)  # weights may be missing: find out before anything is written
     codec = None if isinstance(plan.vae, Pca) else plan.vae.load(device)
     check_description(place, description)
-    parts = build(plan, encode, codec or fitted_codec(plan, spans[0].packed, place).to(device), device)
+    parts = build(plan, encode, codec or fitted_codec(plan, spans[0].packed, place, base).to(device), device, base)
     cursor = Cursor()
     if last:
-        parts.model.load_state_dict(last.tensors("model"))
+        parts.model.load_state_dict(last.tensors("lora" if plan.lora else "model"), strict=plan.lora is None)
         optim.load_optimizer_tensors(parts.model, parts.optimizer, last.tensors("optimizer"))
         cursor = Cursor(*last.state["cursor"])
     rows = metrics_until(place / "metrics.jsonl", done)
@@ -214,6 +232,9 @@ def run(plan: TrainRecipe, spans: list[Span], place: Path, device: torch.device)
                     # At the end of a phase the next one starts at the beginning of its own set.
                     cursor = Cursor() if done == end else cursor
                     os.fsync(metrics.fileno())  # a checkpoint must not be ahead of its metrics
+                    if plan.lora and done == total:  # before the last checkpoint, which says that all is done
+                        for style in ("diffusers", "comfyui"):
+                            lora.save(lora.updates(parts.model), place / f"lora-{style}.safetensors", style)
                     save_checkpoint(parts, place, done, phase, cursor)
     losses = {phase.name: round(float(np.mean([row["loss"] for row in rows[start:end][-10:]])), 4) for phase, _, start, end in spans}
     seconds = round(time.perf_counter() - started, 1)
@@ -223,8 +244,26 @@ def run(plan: TrainRecipe, spans: list[Span], place: Path, device: torch.device)
     return 0
 
 
-def fitted_codec(plan: TrainRecipe, packed: Packed, place: Path) -> PcaCodec:
-    """The PCA codec of this run: fitted once on the first batches of the plan, and kept in vae.safetensors."""
+def check_base(plan: TrainRecipe, base: str | None) -> str:
+    """The digest of the frozen model of a LoRA run.
+
+    Raises:
+        ValueError: none is given, or it is another model than the recipe's, or has no codec where the recipe fits one.
+    """
+    if base is None:
+        raise ValueError(f"recipe {plan.name} trains a LoRA: give its frozen model with --base, a checkpoint in any layout")
+    found = open_checkpoint(base)
+    if found.config != plan.model:
+        raise ValueError(f"--base {base} is a model of {found.config}; recipe {plan.name} is for {plan.model}")
+    if isinstance(plan.vae, Pca) and not (Path(base) / "vae.safetensors").is_file():
+        raise ValueError(f"--base {base} has no vae.safetensors, the codec it was trained with. Give a training checkpoint.")
+    return found.digest()
+
+
+def fitted_codec(plan: TrainRecipe, packed: Packed, place: Path, base: str | None = None) -> PcaCodec:
+    """The PCA codec of this run: fitted once on the first batches of the plan, and kept in vae.safetensors; or its base's."""
+    if base:
+        return load_pca(Path(base) / "vae.safetensors")
     path = place / "vae.safetensors"
     if not path.exists():
         first = islice(packed.batches(plan.seed, Cursor()), min(plan.vae.num_batches, len(packed)))
@@ -232,8 +271,12 @@ def fitted_codec(plan: TrainRecipe, packed: Packed, place: Path) -> PcaCodec:
     return load_pca(path)
 
 
-def build(plan: TrainRecipe, encode: Encode, codec: Any, device: torch.device) -> Parts:
+def build(plan: TrainRecipe, encode: Encode, codec: Any, device: torch.device, base: str | None = None) -> Parts:
     """Model and optimizer at step 0, beside codec and text encoder."""
+    if plan.lora:
+        model = load_model(base, device, torch.bfloat16 if plan.precision == "bf16" else torch.float32)
+        lora.attach(model, plan.lora, plan.seed)
+        return Parts(model, optim.adamw(model, plan.phases[0].lr, plan.weight_decay, plan.betas), codec, encode, device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(plan.seed)  # PyTorch's layers draw their first weights from the global generator
         model = DiT(plan.model).to(device)
@@ -308,9 +351,10 @@ def examples(packed: Packed, count: int) -> tuple[list[str], torch.Tensor]:
 
 
 def save_checkpoint(parts: Parts, place: Path, step: int, phase: Phase, cursor: Cursor) -> None:
-    """Model, optimizer and codec, with where the next batch starts and the description of the run."""
+    """Model (or LoRA alone), optimizer and codec, with where the next batch starts and the description of the run."""
+    trained = lora.tensors(parts.model)
     files = {
-        "model": parts.model.state_dict(),
+        "lora" if trained else "model": trained or parts.model.state_dict(),
         "optimizer": optim.optimizer_tensors(parts.model, parts.optimizer),
         "vae": parts.codec.tensors(),
     }

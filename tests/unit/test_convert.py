@@ -104,7 +104,7 @@ def test_nothing_is_overwritten_and_wrong_arguments_are_told(tmp_path, capsys):
         "give --to": ["--from", str(source)],
         "give --from CHECKPOINT": ["--to", str(tmp_path / "x")],
         "must be above 0": ["--from", str(source), "--to", str(tmp_path / "x"), "--shard-gb", "0"],
-        "choose from k2-nano, k2": ["--dry-run", "--model", "k3"],
+        "choose from k2, k2-1b, k2-nano": ["--dry-run", "--model", "k3"],
     }
     for said, arguments in cases.items():
         assert main(["convert", *arguments]) == 2

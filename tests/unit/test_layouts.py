@@ -3,13 +3,14 @@
 import json
 import logging
 import struct
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from small_k2 import SMALL, outputs, small_file, small_model
 
-from k2model import layouts
+from k2model import export, layouts
 from k2model.dit import K2
 from k2model.layouts import load_model, open_checkpoint, to_diffusers, to_official
 
@@ -34,6 +35,14 @@ def test_the_model_is_told_from_shapes_under_any_prefix(tmp_path, prefix):
     assert mixed.blocks[0].attn.wq.weight.dtype == torch.bfloat16 and mixed.first.weight.dtype == torch.float32
 
 
+def test_a_narrowed_text_fusion_is_told_from_shapes_and_diffusers_cannot_hold_it(tmp_path):
+    config = replace(SMALL, text_dim=96, fusion_width=64)
+    found = open_checkpoint(small_file(tmp_path / "m.safetensors", small_model(config)))
+    assert found.config == config
+    with pytest.raises(ValueError, match=r"no place for txtfusion\.narrow\.weight"):
+        export.plan(found, "diffusers")
+
+
 def test_the_embedded_picture_of_a_turbo_repack_is_ignored_with_a_word(tmp_path, caplog):
     picture = {"last.up.weight": torch.zeros(4, 4), "last.down.weight": torch.zeros(4, 4)}
     path = small_file(tmp_path / "m.safetensors", **picture)
@@ -46,7 +55,9 @@ def test_a_training_checkpoint_is_a_checkpoint(tmp_path):
     from k2model import checkpoint
 
     model = small_model()
-    place = checkpoint.save(tmp_path, 7, {"model": model.state_dict(), "vae": {}}, {"config": {"recipe": {"model": {"eps": 1e-6}}}})
+    place = checkpoint.save(
+        tmp_path, 7, {"model": model.state_dict(), "vae": {}}, {"config": {"description": {"recipe": {"model": {"eps": 1e-6}}}}}
+    )
     assert open_checkpoint(place).config.eps == 1e-6
     assert torch.equal(load_model(place).state_dict()["first.weight"], model.first.weight)
     lora = checkpoint.save(tmp_path, 8, {"lora": {"x": torch.zeros(1)}}, {})
