@@ -10,6 +10,7 @@ On CUDA the image tokens are 256, 1,024 and 4,096 and MFU is over the measured r
 Appends one JSON line to benchmarks/results/dit.jsonl.
 """
 
+import dataclasses
 import json
 import platform
 import statistics
@@ -24,8 +25,9 @@ import diffusers
 import torch
 import tyro
 
-from k2model.dit import K2_1B, Config, DiT, by_segment, hidden_dim, variable_length
+from k2model.dit import K2_1B, Config, DiT, by_segment, variable_length
 from k2model.flops import train_flops
+from k2model.layouts import diffusers_config
 
 SMALL = Config(width=512, num_blocks=8, num_heads=8, num_kv_heads=2, text_dim=256, text_taps=12, text_heads=4)
 CASES = {"full": (64, 64, 64), "varied": (64, 10, 64), "released": (512, 40, 200)}  # cap, fewest and most valid tokens
@@ -34,25 +36,8 @@ BATCH = 8
 
 def theirs(config: Config) -> torch.nn.Module:
     """diffusers' class with the sizes of `config`; text width is the fusion's, as it has no narrowing."""
-    return diffusers.Krea2Transformer2DModel(
-        in_channels=config.token_dim,
-        num_layers=config.num_blocks,
-        attention_head_dim=config.head_dim,
-        num_attention_heads=config.num_heads,
-        num_key_value_heads=config.num_kv_heads,
-        intermediate_size=hidden_dim(config.width),
-        timestep_embed_dim=config.time_dim,
-        text_hidden_dim=config.fusion_dim,
-        num_text_layers=config.text_taps,
-        text_num_attention_heads=config.text_heads,
-        text_num_key_value_heads=config.text_heads,
-        text_intermediate_size=hidden_dim(config.fusion_dim),
-        num_layerwise_text_blocks=config.num_fusion_blocks,
-        num_refiner_text_blocks=config.num_fusion_blocks,
-        axes_dims_rope=config.rope_dims,
-        rope_theta=config.rope_theta,
-        norm_eps=config.eps,
-    )
+    wide = dataclasses.replace(config, text_dim=config.fusion_dim, fusion_width=None)
+    return diffusers.Krea2Transformer2DModel.from_config(diffusers_config(wide))
 
 
 def captions(case: str) -> list[int]:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from k2model.dit import Config, DiT
+from k2model.layouts import diffusers_config
 from k2model.text import PREFIX, SUFFIX, Qwen3VLText
 
 SHARED_TOKENIZER = Path("/work/shared/models/tokenizers/qwen25")  # real one, where this machine has it
@@ -95,26 +96,7 @@ def diffusers_transformer(model: DiT) -> Any:
     from diffusers import Krea2Transformer2DModel
     from diffusers.loaders.single_file_utils import convert_krea2_transformer_checkpoint_to_diffusers
 
-    c, shapes = model.config, {name: tensor.shape for name, tensor in model.state_dict().items()}
-    theirs = Krea2Transformer2DModel(
-        in_channels=c.token_dim,
-        num_layers=c.num_blocks,
-        attention_head_dim=c.head_dim,
-        num_attention_heads=c.num_heads,
-        num_key_value_heads=c.num_kv_heads,
-        intermediate_size=shapes["blocks.0.mlp.up.weight"][0],
-        timestep_embed_dim=c.time_dim,
-        text_hidden_dim=c.text_dim,
-        num_text_layers=c.text_taps,
-        text_num_attention_heads=c.text_heads,
-        text_num_key_value_heads=c.text_heads,
-        text_intermediate_size=shapes["txtfusion.refiner_blocks.0.mlp.up.weight"][0],
-        num_layerwise_text_blocks=c.num_fusion_blocks,
-        num_refiner_text_blocks=c.num_fusion_blocks,
-        axes_dims_rope=c.rope_dims,
-        rope_theta=c.rope_theta,
-        norm_eps=c.eps,
-    )
+    theirs = Krea2Transformer2DModel.from_config(diffusers_config(model.config))
     theirs.load_state_dict(convert_krea2_transformer_checkpoint_to_diffusers(dict(model.state_dict())), strict=True)
     return theirs.eval()
 

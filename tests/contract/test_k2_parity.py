@@ -8,6 +8,7 @@ import torch
 from k2model import dit
 from k2model.dit import K2, K2_1B, NANO, Config, DiT
 from k2model.flops import train_flops
+from k2model.layouts import diffusers_config
 
 diffusers = pytest.importorskip("diffusers", reason="the reference implementation is in the extra [train]")
 single_file = pytest.importorskip("diffusers.loaders.single_file_utils")
@@ -24,26 +25,7 @@ def on_meta(config: Config) -> dict[str, torch.Tensor]:
 
 def reference(config: Config) -> torch.nn.Module:
     """diffusers' class with the sizes of `config`."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in on_meta(config).items()}
-    return diffusers.Krea2Transformer2DModel(
-        in_channels=config.token_dim,
-        num_layers=config.num_blocks,
-        attention_head_dim=config.head_dim,
-        num_attention_heads=config.num_heads,
-        num_key_value_heads=config.num_kv_heads,
-        intermediate_size=shapes["blocks.0.mlp.up.weight"][0],
-        timestep_embed_dim=config.time_dim,
-        text_hidden_dim=config.text_dim,
-        num_text_layers=config.text_taps,
-        text_num_attention_heads=config.text_heads,
-        text_num_key_value_heads=config.text_heads,
-        text_intermediate_size=shapes["txtfusion.refiner_blocks.0.mlp.up.weight"][0],
-        num_layerwise_text_blocks=config.num_fusion_blocks,
-        num_refiner_text_blocks=config.num_fusion_blocks,
-        axes_dims_rope=config.rope_dims,
-        rope_theta=config.rope_theta,
-        norm_eps=config.eps,
-    )
+    return diffusers.Krea2Transformer2DModel.from_config(diffusers_config(config))
 
 
 def test_the_released_model_has_430_tensors_of_12820073036_values():
