@@ -44,7 +44,7 @@ def train(latents: Tensor, held_out: Tensor, seed: int, steps: int) -> tuple[DiT
         draw = flow.draw(seed, step, [str(i) for i in places], LATENT, MU)
         clean = latents[(draw.drop < 0.5).long(), torch.from_numpy(places)]  # there is no caption to drop: the number mirrors
         optimizer.zero_grad()
-        loss = flow.loss(velocity(model, flow.noisy(clean, draw.noise, draw.t), draw.t), clean, draw.noise)
+        loss = flow.loss(velocity(model, flow.noisy(clean, draw.noise, draw.t), draw.t), clean, draw.noise).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:

@@ -61,8 +61,8 @@ def noisy(clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
 
 
 def loss(velocity: Tensor, clean: Tensor, noise: Tensor) -> Tensor:
-    """Mean square error of the predicted velocity, over all values of the batch, in float32."""
-    return (velocity.float() - (noise - clean)).square().mean()
+    """Mean square error of the predicted velocity of each image, (B,) float32."""
+    return (velocity.float() - (noise - clean)).square().mean((1, 2, 3))
 
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
