@@ -5,45 +5,71 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_
 
-from k2model import flow, lora, optim, parallel
+from k2model import align, flow, lora, optim, parallel
 from k2model.data import to_pixels
 from k2model.dit import DiT
 from k2model.flops import train_flops
 from k2model.layouts import load_model
 from k2model.loader import Loaded
+from k2model.order import Order
 from k2model.parallel import World
 from k2model.text import Encode
+from k2model.validation import Ledger
 from pipelines.train_recipes import Phase, TrainRecipe
 
 
+class Alignment:
+    """iREPA beside the model: tap, projector and teacher, with an optimizer of its own. It is there in the first epoch only."""
+
+    def __init__(self, irepa: align.Irepa, model: DiT, plan: TrainRecipe, lr: float, world: World):
+        self.irepa, self.patch = irepa, plan.model.patch
+        self.teacher = irepa.teacher.load(world.device)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(plan.seed)
+            projector = align.Projector(plan.model.width, irepa.teacher.dim).to(world.device)
+        self.projector = parallel.shard_encoder(projector, world)
+        self.optimizer = optim.adamw(self.projector, lr, plan.weight_decay, plan.betas)
+        self.tap = align.Tap(model, irepa.block)
+
+    def loss(self, images: Tensor, clean: Tensor) -> Tensor:
+        """(B,) of the last forward pass on these images uint8 (B, 3, H, W) and latents, not weighted."""
+        found = self.projector(self.tap.take(), align.grid_of(clean, self.patch))
+        return align.loss(found, align.target(self.teacher(images), found.shape[1:3], self.irepa.gamma))
+
+
 class Parts(NamedTuple):
-    """What a step works with, all on one device."""
+    """What the steps of a phase work with, all on one device."""
 
     model: DiT  # sharded, compiled and recomputed as the phase says
-    optimizer: torch.optim.Optimizer
+    optimizer: optim.Optimizer
     codec: Any  # PcaCodec or QwenImageCodec; every rank has all of it
     encode: Encode
     world: World
+    ledger: Ledger
+    alignment: Alignment | None
 
 
 class Result(NamedTuple):
-    """What a step found, over all ranks. The weights have changed only if loss and gradient are finite."""
+    """What a step found, over all ranks. The weights have changed only if loss and gradients are finite."""
 
-    loss: float  # mean over the images of the global batch
-    grad_norm: float  # before clipping
-    images: int
+    loss: float  # mean over the images of the global batch; alignment is not in it
+    align: float | None  # the same of the alignment's loss, not weighted
+    grad_norms: dict[str, float]  # by part of the model and `total`, before clipping
     tokens: int  # valid text tokens and image tokens
     flops: float  # of the valid tokens, without recomputation
     stop: bool  # some rank was asked to
+    parts: dict[str, Any]  # the loss by time, bucket and source
     losses: list[float]  # of this rank's images, in the order read
 
     @property
     def finite(self) -> bool:
-        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+        return all(map(math.isfinite, (self.loss, self.align or 0.0, self.grad_norms["total"])))
 
 
-def build(plan: TrainRecipe, phase: Phase, encode: Encode, codec: Any, world: World, base: str | None = None) -> Parts:
+def build(plan: TrainRecipe, phase: Phase, order: Order | None, encode: Encode, codec: Any, world: World, base: str | None = None) -> Parts:
     """Model and optimizer of a phase, with the weights of step 0."""
     if plan.lora:
         model = load_model(base, world.device, torch.float32 if phase.precision == "fp32" else torch.bfloat16)
@@ -51,8 +77,17 @@ def build(plan: TrainRecipe, phase: Phase, encode: Encode, codec: Any, world: Wo
     else:
         model = parallel.initial(plan.model, plan.seed, world)
     model = parallel.shard(model, world, checkpointing=phase.checkpointing, compiled=plan.compiled, precision=phase.precision)
-    optimizer = optim.make(plan.optimizer, model, phase.lr, plan.weight_decay, plan.betas)
-    return Parts(model, optimizer, codec, encode, world)
+    make = {"adamw": optim.adamw, "muon": optim.muon}[plan.optimizer]
+    optimizer = make(model, phase.lr, plan.weight_decay, plan.betas)
+    alignment = Alignment(phase.align, model, plan, phase.lr, world) if phase.align else None
+    groups = [group for packed in order.sets for group in packed.groups]
+    ledger = Ledger([bucket_of(group) for group in groups], [name for name, _ in phase.mixture], device=world.device)
+    return Parts(model, optimizer, codec, encode, world, ledger, alignment)
+
+
+def bucket_of(group: dict) -> str:
+    """`<height>x<width>` of a row group's entry in dataset.json."""
+    return f"{group['bucket_height']}x{group['bucket_width']}"
 
 
 def train_step(
@@ -69,40 +104,49 @@ def train_step(
         step: of the run, from 0; with seed and uid it gives noise, time and dropout.
         stop: this rank was asked to stop.
     """
-    world, device = parts.world, parts.world.device
-    parts.optimizer.zero_grad()
-    total, tokens, flops, losses = torch.zeros((), device=device), 0, 0, []
+    world, device, alignment = parts.world, parts.world.device, parts.alignment
+    optimizers = [parts.optimizer] + ([alignment.optimizer] if alignment else [])
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+    sums, losses = torch.zeros(5, dtype=torch.float64, device=device), []
     for k, batch in enumerate(batches):
-        parallel.synchronize(parts.model, last=k == len(batches) - 1)
+        parallel.synchronize(parts.model, k == len(batches) - 1)
         with torch.no_grad():
             clean = latents_of(batch, parts)
             draw = flow.draw(plan.seed, step, batch.uids, tuple(clean.shape[1:]), phase.mu)
             dropped = (draw.drop < plan.caption_dropout).tolist()
             text, mask = parts.encode(["" if drop else caption for drop, caption in zip(dropped, batch.captions, strict=True)])
-        noise, t = draw.noise.to(device), draw.t.to(device)
+        noise, t, valid = draw.noise.to(device), draw.t.to(device), batch.num_valid
         with parallel.autocast(world, phase.precision):
             velocity = parts.model(flow.noisy(clean, noise, t), t, text, mask)
+            aligned = alignment.loss(batch.images, clean) if alignment else torch.zeros(len(t), device=device)
         each = flow.loss(velocity, clean, noise)
-        counted = torch.arange(len(each), device=device) < batch.num_valid
-        loss = torch.where(counted, each, 0).sum() / num_images
+        weight = (torch.arange(len(each), device=device) < valid) / num_images
+        total = torch.where(weight > 0, each, 0).sum() / num_images
+        beside = torch.where(weight > 0, aligned, 0).sum() / num_images
+        loss = total + alignment.irepa.weight * beside if alignment else total
         (loss * world.size).backward()  # gradients are averaged over the ranks
-        total += loss.detach()
-        losses += each.detach()[: batch.num_valid].tolist()
-        image_tokens = clean[0, 0].numel() // plan.model.patch**2
-        for length in mask.sum(1).tolist()[: batch.num_valid]:
-            tokens += length + image_tokens
-            flops += train_flops(plan.model, length, image_tokens)
-    grad_norm = float(parallel.clip_grad_norm(parts.model, plan.clip))
-    sums = parallel.reduce(torch.tensor([float(total), tokens, flops, stop], dtype=torch.float64, device=device), world).tolist()
-    result = Result(sums[0], grad_norm, num_images, int(sums[1]), sums[2], sums[3] > 0, losses)
+        each, lengths, image_tokens = each.detach()[:valid], mask[:valid].sum(1).tolist(), clean[0, 0].numel() // plan.model.patch**2
+        parts.ledger.add(each, t[:valid], f"{batch.bucket[0]}x{batch.bucket[1]}", phase.mixture[batch.group.source][0])
+        losses += each.tolist()
+        flops = sum(train_flops(plan.model, length, image_tokens) for length in lengths)
+        counted = [float(total.detach()), float(beside.detach()), sum(lengths) + valid * image_tokens, flops, 0.0]
+        sums += torch.tensor(counted, dtype=torch.float64, device=device)
+    sums[4] = float(stop)
+    norms = optim.grad_norms(parts.model)
+    sums, parts.ledger.sums = parallel.reduce_together([sums, parts.ledger.sums], world)
+    found, by_part = sums.tolist(), {name: float(norm) for name, norm in norms.items()}
+    result = Result(found[0], found[1] if alignment else None, by_part, int(found[2]), found[3], found[4] > 0, parts.ledger.read(), losses)
     if result.finite:
-        for group in parts.optimizer.param_groups:
-            group["lr"] = lr
-        parts.optimizer.step()
+        clip_grads_with_norm_(parts.model.parameters(), plan.clip, norms["total"])
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
     return result
 
 
-def latents_of(batch: Loaded, parts: Parts) -> torch.Tensor:
+def latents_of(batch: Loaded, parts: Parts) -> Tensor:
     """Clean latents (B, 16, H/8, W/8) float32 of a part: those that were packed, or its images through the codec."""
     if batch.latents is not None:
         return batch.latents.to(parts.world.device, torch.float32)
