@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,7 @@ from k2model.dit import Config
 from k2model.layouts import diffusers_config
 from k2model.loader import Loaded
 from k2model.order import Group
-from k2model.parallel import start
+from k2model.parallel import World
 from k2model.text import Qwen3VLText
 from k2model.vae import QwenImageVae
 from pipelines.run_folder import commit, versions
@@ -51,9 +52,22 @@ TINY = dataclasses.replace(SMALL, width=128, num_blocks=2, num_heads=2, num_kv_h
 def frozen_parts(folder: Path, tokenizer: str, width: int) -> None:
     """Random Qwen3-VL (36 layers) and Qwen-Image VAE (base 16), saved as the hub has them."""
     words = AutoTokenizer.from_pretrained(tokenizer)
-    sizes = {"hidden_size": width, "intermediate_size": 3 * width, "num_hidden_layers": 36, "head_dim": 64, "num_attention_heads": width // 64}
+    sizes = {
+        "hidden_size": width,
+        "intermediate_size": 3 * width,
+        "num_hidden_layers": 36,
+        "head_dim": 64,
+        "num_attention_heads": width // 64,
+    }
     rope = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [12, 10, 10]}
-    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 1, "out_hidden_size": width, "deepstack_visual_indexes": [0]}
+    vision = {
+        "depth": 1,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_heads": 1,
+        "out_hidden_size": width,
+        "deepstack_visual_indexes": [0],
+    }
     torch.manual_seed(0)
     text = sizes | {"vocab_size": len(words), "num_key_value_heads": 1, "rope_parameters": rope}
     Qwen3VLModel(Qwen3VLConfig(text_config=text, vision_config=vision)).eval().save_pretrained(folder / "text")
@@ -113,8 +127,8 @@ class Ours:
     """The step of `k2 train`, from the same weights."""
 
     def __init__(self, plan: TrainRecipe, phase: Phase):
-        world = start()
-        self.parts = build(plan, phase, plan.text.load("cpu"), plan.vae.load("cpu"), world)
+        order: Any = SimpleNamespace(sets=[SimpleNamespace(groups=[{"bucket_height": phase.resolution, "bucket_width": phase.resolution}])])
+        self.parts = build(plan, phase, order, plan.text.load("cpu"), plan.vae.load("cpu"), World(), None, aligned=False)
 
     def step(self, plan: TrainRecipe, phase: Phase, batch: Loaded, number: int, lr: float) -> float:
         """One optimizer step; the loss."""
@@ -152,10 +166,18 @@ def curves(folder: Path, steps: int) -> dict[str, Any]:
         found["released"].append(plain.step(plan, phase, batch, number, lr))
     apart = [abs(a - b) / b for a, b in zip(*found.values(), strict=True)]
     first, last = np.mean(found["ours"][:10]), np.mean(found["ours"][-10:])
-    return {"steps": steps, "largest_relative_difference": max(apart), "at_step": int(np.argmax(apart)) + 1, "first10": first, "last10": last}
+    return {
+        "steps": steps,
+        "largest_relative_difference": max(apart),
+        "at_step": int(np.argmax(apart)) + 1,
+        "first10": first,
+        "last10": last,
+    }
 
 
-def main(tokenizer: str, rounds: int = 5, batch: int = 8, side: int = 256, median: int = 100, compiled: bool = False, steps: int = 200) -> None:
+def main(
+    tokenizer: str, rounds: int = 5, batch: int = 8, side: int = 256, median: int = 100, compiled: bool = False, steps: int = 200
+) -> None:
     """Measure and record.
 
     Args:

@@ -76,6 +76,11 @@ class Order:
         epoch, index = divmod(before, len(trained))
         return Group(source, epoch, int(trained[self._permuted(len(trained), self.seed, epoch)[index]]))
 
+    @property
+    def num_batches(self) -> int:
+        """Global batches in which as many row groups are read as there are: an epoch, of a mixture on average."""
+        return -(-sum(map(len, self._trained)) // self.num_groups)
+
     def batch(self, i: int) -> list[Group]:
         """The row groups of global batch i."""
         return [self.group(j) for j in range(i * self.num_groups, (i + 1) * self.num_groups)]
@@ -147,7 +152,7 @@ def _shares(weights: np.ndarray) -> np.ndarray:
 
 
 def _permutation(length: int, seed: int, key: int, stream: int = 0) -> np.ndarray:
-    """The permutation of (seed, key). It sorts raw Philox bits, whose sequence NumPy promises to keep, and not the output of a NumPy method.
+    """The permutation of (seed, key). It sorts raw Philox bits, whose sequence NumPy promises to keep.
 
     Streams are apart: 0 the epochs of a set, 1 the cycles of a mixture, 2 what is held out.
     """

@@ -7,27 +7,35 @@ kill and going on with another number of ranks are one thing.
 import json
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from safetensors.torch import save
+from safetensors.torch import save as to_bytes
 from tqdm import tqdm
 
 from curation.shards import write_bytes
-from k2model import checkpoint, lora, optim, parallel
+from k2model import checkpoint, lora, optim, parallel, validation
 from k2model.data import to_pixels
 from k2model.loader import Loader
+from k2model.merge import merge, weights_of
 from k2model.order import Order
 from k2model.parallel import World
 from k2model.text import Encode
-from k2model.vae import Pca, PcaCodec, fit_pca, load_pca
-from pipelines.metrics import Metrics
+from k2model.vae import Pca, fit_pca, load_pca
+from pipelines.merge import choose
+from pipelines.metrics import Metrics, read_rows
+from pipelines.pictures import loss_plot
 from pipelines.run_folder import check_description
 from pipelines.survival import Signals, Watchdog
 from pipelines.train_recipes import Phase, TrainRecipe
 from pipelines.train_samples import samples
 from pipelines.train_step import Parts, Result, build, train_step
+
+MOST_LOSSES = 64  # images of a batch up to which every image's loss is kept in its row
+VALIDATION_TIMES = 8
 
 
 class Span(NamedTuple):
@@ -38,45 +46,54 @@ class Span(NamedTuple):
     start: int
     end: int
 
+    @property
+    def align_end(self) -> int:
+        """The step of the run after which nothing is aligned: the first epoch of the phase's data."""
+        return self.start + self.order.num_batches if self.phase.align else self.start
+
+
+class Machine(NamedTuple):
+    """What the numbers do not depend on."""
+
+    world: World
+    max_rows: int | None = None  # most images that go through the model at once
+    threads: int = 4  # that decode
+    tensorboard: bool = False
+    wandb: str | None = None
+
 
 class Job(NamedTuple):
     """What stays the same over the phases of a run."""
 
     plan: TrainRecipe
+    total: int  # steps
     place: Path
-    world: World
+    machine: Machine
+    base: str | None
     encode: Encode
     codec: Any
-    metrics: Metrics
-    saver: checkpoint.Saver
+    metrics: Metrics | None  # of the first rank
     signals: Signals
     watchdog: Watchdog
     progress: tqdm
-    max_rows: int | None
-    threads: int
 
 
-def run(
-    plan: TrainRecipe,
-    spans: list[Span],
-    place: Path,
-    world: World,
-    base: str | None = None,
-    base_digest: str | None = None,
-    max_rows: int | None = None,
-    threads: int = 4,
-) -> int:
+def run(plan: TrainRecipe, spans: list[Span], place: Path, machine: Machine, base: str | None = None, digest: str | None = None) -> int:
     """Train from the last whole checkpoint to the end.
+
+    Args:
+        base: the frozen model of a LoRA recipe.
+        digest: of the base.
 
     Returns:
         0 when done; 1 when a loss or gradient was not finite, or when a signal asked to stop and a checkpoint was written.
     """
+    world, total = machine.world, spans[-1].end
     first = world.rank == 0
-    description = describe(plan, spans, base_digest)
+    description = describe(plan, spans, digest)
     check_description(place, description, write=False)
     last = checkpoint.latest(place / "checkpoints")
-    done = started_at = last.step if last else 0
-    total = spans[-1].end
+    done = before = last.step if last else 0
     if done == total:
         if first:
             print(json.dumps({"out": str(place), "steps": total, "steps_now": 0}))
@@ -90,28 +107,21 @@ def run(
             fit_codec(plan, spans[0].order, place, base)
     parallel.barrier(world)
     codec = codec or load_pca(place / "vae.safetensors").to(world.device)
-    with (
-        Signals() as signals,
-        Watchdog() as watchdog,
-        Metrics(place, done, write=first) as metrics,
-        tqdm(total=total, initial=done, unit="step", file=sys.stderr, disable=not first) as progress,
-        checkpoint.Saver(place / "checkpoints", world, plan.keep_last, plan.keep_every) as saver,
-    ):
-        job = Job(plan, place, world, encode, codec, metrics, saver, signals, watchdog, progress, max_rows, threads)
+    with ExitStack() as stack:
+        metrics = stack.enter_context(Metrics(place, done, machine.tensorboard, machine.wandb, {"recipe": plan.name})) if first else None
+        signals, watchdog = stack.enter_context(Signals()), stack.enter_context(Watchdog())
+        progress = stack.enter_context(tqdm(total=total, initial=done, unit="step", file=sys.stderr, disable=not first))
+        job = Job(plan, total, place, machine, base, encode, codec, metrics, signals, watchdog, progress)
         for span in spans:
             if done < span.end:
-                parts = restore(job, span, base, done)
-                done, stopped = run_phase(job, span, parts, done)
-                saver.wait()
+                done, stopped = run_phase(job, span, restore(job, span, done), done)
                 if stopped:
                     return 1
-        rows = metrics.rows
     if first:
-        losses = {
-            span.phase.name: round(float(np.mean([row["loss"] for row in rows[span.start : span.end][-10:]])), 4) for span in spans
-        }
+        rows = read_rows(place / "metrics.jsonl")
+        losses = {span.phase.name: round(float(np.mean([row["loss"] for row in rows[span.start : span.end][-10:]])), 4) for span in spans}
         seconds = round(time.perf_counter() - clock, 1)
-        print(json.dumps({"out": str(place), "steps": total, "steps_now": total - started_at, "loss": losses, "seconds": seconds}))
+        print(json.dumps({"out": str(place), "steps": total, "steps_now": total - before, "loss": losses, "seconds": seconds}))
     return 0
 
 
@@ -126,60 +136,66 @@ def fit_codec(plan: TrainRecipe, order: Order, place: Path, base: str | None) ->
     path = place / "vae.safetensors"
     if path.exists():
         return
-    codec: PcaCodec
     if base:
         codec = load_pca(Path(base) / "vae.safetensors")
     else:
-        groups = dict.fromkeys(order.group(j)[::2] for j in range(plan.vae.num_batches))  # a small set comes round again
-        images = (order.sets[source].read(order.sets[source].groups[number]).images for source, number in groups)
-        codec = fit_pca(map(to_pixels, images))
-    write_bytes(save(codec.tensors()), path)
+        groups = dict.fromkeys((group.source, group.number) for group in map(order.group, range(plan.vae.num_batches)))
+        codec = fit_pca(to_pixels(order.sets[source].read(order.sets[source].groups[number]).images) for source, number in groups)
+    write_bytes(to_bytes(codec.tensors()), path)
 
 
-def restore(job: Job, span: Span, base: str | None, done: int) -> Parts:
-    """The model and optimizer of a phase, with the weights and moments of the last checkpoint."""
-    parts = build(job.plan, span.phase, job.encode, job.codec, job.world, base)
-    if done:
-        found = checkpoint.latest(job.place / "checkpoints")
-        assert found and found.step == done, f"the last whole checkpoint of {job.place} is not that of step {done}"
-        starts = done == span.start
-        merged = span.phase.merge_last if starts else 0
-        checkpoint.load(found, parts.model, parts.optimizer if span.phase.keep_optimizer or not starts else None, merged)
+def restore(job: Job, span: Span, done: int) -> Parts:
+    """Model, optimizer and alignment of a phase at step `done`, from the last checkpoint, or new ones at the start of a run."""
+    phase, plan = span.phase, job.plan
+    parts = build(plan, phase, span.order, job.encode, job.codec, job.machine.world, job.base, aligned=done < span.align_end)
+    if not done:
+        return parts
+    last = checkpoint.latest(job.place / "checkpoints")
+    assert last and last.step == done, f"the last whole checkpoint in {job.place} is not that of step {done}"
+    begins, weights = done == span.start, last
+    if begins and phase.merge_last:
+        weights = merged(job, phase, done)
+    parts.model.load_state_dict(weights.tensors("lora" if plan.lora else "model"), strict=plan.lora is None)
+    if phase.keep_optimizer or not begins:
+        optim.load_optimizer_tensors(parts.model, parts.optimizer, last.tensors("optimizer"))
+    if parts.alignment and not begins:
+        parts.alignment.load(last.tensors("alignment"))
     return parts
 
 
 def run_phase(job: Job, span: Span, parts: Parts, done: int) -> tuple[int, bool]:
     """Steps of one phase from step `done` on; returns the last step, and whether it was stopped before the end."""
-    plan, world, phase = job.plan, job.world, span.phase
-    first = done - span.start
+    plan, phase, order, machine = job.plan, span.phase, span.order, job.machine
+    world = machine.world
     job.progress.set_description(f"train {phase.name} px")
-    with Loader(span.order, world.rank, world.size, first, threads=job.threads, latents=plan.latents, max_rows=job.max_rows) as loader:
+    with Loader(order, world.rank, world.size, done - span.start, 2, machine.threads, plan.latents, machine.max_rows) as loader:
         waited, clock = 0.0, time.perf_counter()
         for batches, index in loader:
             lr = phase.lr * optim.warmup_stable_decay(index, phase.steps, phase.warmup, phase.decay)
-            result = train_step(parts, plan, phase, batches, span.order.num_images(index), done, lr, job.signals.stop)
+            result = train_step(parts, plan, phase, batches, order.num_images(index), done, lr, job.signals.stop)
             if not result.finite:
                 if world.rank == 0:
                     print(not_finite(span, result, done, index), file=sys.stderr)
                 return done, True
             done += 1
-            seconds, waited_now = time.perf_counter() - clock, loader.waited - waited
-            job.metrics.add(row(span, result, done, index, lr, seconds, waited_now, world))
+            seconds, waiting = time.perf_counter() - clock, loader.waited - waited
+            at_end = done == span.end
+            row = row_of(span, result, done, index, lr, seconds, waiting, world)
+            if order.held_out and (done % plan.validate_every == 0 or at_end):
+                row["validation"] = validate(job, span, parts)
+            if job.metrics:
+                job.metrics.write(row)
             job.progress.set_postfix_str(f"loss {result.loss:.3f}", refresh=False)
             job.progress.update()
-            job.watchdog.beat()
-            at_end = done == span.end
+            if parts.alignment and done == span.align_end:
+                parts.alignment.tap.remove()
+                parts = parts._replace(alignment=None)
             if done % plan.sample_every == 0 or at_end:
-                path = job.place / "samples" / f"{done:06d}.png"
-                samples(parts, plan, phase, span.order.sets[0], path, f"step {done}, {phase.name} px")
-                job.metrics.picture(path, done)
+                show(job, span, parts, done)
             if done % plan.checkpoint_every == 0 or at_end or result.stop:
-                if plan.lora and done == total(job):  # before the last checkpoint, which says that all is done
-                    for style in ("diffusers", "comfyui"):
-                        lora.save(lora.updates(parts.model), job.place / f"lora-{style}.safetensors", style)
-                save(job, parts, span, done)
+                save(job, span, parts, done)
             if at_end or result.stop:
-                return done, result.stop and not at_end
+                return done, not at_end
             job.watchdog.beat()
             waited, clock = loader.waited, time.perf_counter()
     raise AssertionError("the loader never ends")
@@ -187,13 +203,95 @@ def run_phase(job: Job, span: Span, parts: Parts, done: int) -> tuple[int, bool]
 
 def not_finite(span: Span, result: Result, done: int, index: int) -> str:
     """What a person needs who has to find out why."""
-    places = [
-        f"{span.order.sets[group.source].directory}/{span.order.describe(group)['file']} row group {span.order.describe(group)['row_group']}"
-        for group in span.order.batch(index)
-    ]
+    places = [span.order.sets[group.source].place(span.order.describe(group)) for group in span.order.batch(index)]
     shown = ", ".join(places[:4]) + (f" and {len(places) - 4} more" if len(places) > 4 else "")
     return (
-        f"k2 train: loss {result.loss}, gradient norm {result.grad_norm} at step {done + 1} of phase {span.phase.name}, "
+        f"k2 train: loss {result.loss}, gradient norm {result.grad_norms['total']} at step {done + 1} of phase {span.phase.name}, "
         f"cursor {index} ({shown}). The weights were not changed; the last checkpoint is whole. "
         f"Look at these images (k2 report RUN --step {done + 1}), or lower lr or clip."
     )
+
+
+def row_of(span: Span, result: Result, done: int, index: int, lr: float, seconds: float, waiting: float, world: World) -> dict[str, Any]:
+    """A row of metrics.jsonl."""
+    images = span.order.num_images(index)
+    row = {
+        "step": done,
+        "phase": span.phase.name,
+        "resolution": span.phase.resolution,
+        "index": index,  # the cursor: with the recipe and the packed sets it names the images
+        "loss": result.loss,
+        "grad_norm": result.grad_norms["total"],
+        "grad_norms": {part: norm for part, norm in result.grad_norms.items() if part != "total"},
+        "lr": lr,
+        "images": images,
+        "tokens": result.tokens,
+        **result.parts,
+        "images_per_s": round(images / seconds, 3),
+        "data_wait": round(waiting / seconds, 4),
+        "mfu": parallel.mfu(result.flops / seconds, world),
+        "memory_gib": parallel.peak_memory_gib(world),
+    }
+    if result.align is not None:
+        row["align"] = result.align
+    if world.size == 1 and len(result.losses) <= MOST_LOSSES:
+        row["losses"] = [round(loss, 5) for loss in result.losses]
+    return row
+
+
+def validate(job: Job, span: Span, parts: Parts) -> dict[str, Any]:
+    """The loss of the row groups that are held out, at fixed times and noise. Each rank takes its share of them."""
+    order, world = span.order, job.machine.world
+    rounds = -(-len(order.held_out) // world.size)
+
+    def batches() -> Iterator[validation.Held]:
+        for k in range(rounds):
+            place = k * world.size + world.rank
+            group = order.held_out[place % len(order.held_out)]  # all ranks make as many passes: the model may be sharded
+            batch = order.sets[group.source].read(order.describe(group))
+            text, mask = parts.encode(batch.captions)
+            clean = parts.codec.encode(to_pixels(batch.images.to(world.device)))
+            yield validation.Held(clean, text, mask, batch.uids, len(batch.uids) if place < len(order.held_out) else 0)
+
+    parts.model.eval()
+    with parallel.autocast(world, span.phase.precision):
+        sums = validation.validation_sums(parts.model, batches(), VALIDATION_TIMES, job.plan.seed)
+    parts.model.train()
+    return validation.losses(parallel.reduce_together([sums.to(world.device)], world)[0].cpu())
+
+
+def show(job: Job, span: Span, parts: Parts, done: int) -> None:
+    """A grid of samples, and the curves."""
+    path = job.place / "samples" / f"{done:06d}.png"
+    samples(parts, job.plan, span.phase, span.order.sets[0], path, f"step {done}, {span.phase.name} px")
+    if job.metrics:
+        job.metrics.picture("samples", done, path)
+        loss_plot(read_rows(job.place / "metrics.jsonl"), job.place / "loss.png")
+
+
+def save(job: Job, span: Span, parts: Parts, done: int) -> None:
+    """A checkpoint: model (or LoRA alone), optimizer, alignment and codec, with the cursor and the description of the run."""
+    trained = lora.tensors(parts.model)
+    if trained and done == job.total:  # before the last checkpoint, which says that all is done
+        for style in ("diffusers", "comfyui"):
+            lora.save(lora.updates(parts.model), job.place / f"lora-{style}.safetensors", style)
+    files = {
+        "lora" if trained else "model": trained or parts.model.state_dict(),
+        "optimizer": optim.optimizer_tensors(parts.model, parts.optimizer),
+        "vae": job.codec.tensors(),
+    }
+    if parts.alignment:
+        files["alignment"] = parts.alignment.tensors()
+    config = json.loads((job.place / "run.json").read_text())
+    job.metrics.sync()  # a checkpoint must not be ahead of its metrics
+    checkpoint.save(job.place / "checkpoints", done, files, {"phase": span.phase.name, "cursor": done - span.start, "config": config})
+
+
+def merged(job: Job, phase: Phase, done: int) -> checkpoint.Checkpoint:
+    """The mean of the last checkpoints of the phase before (PMA), kept in RUN/merged/<step>."""
+    chosen = choose(job.place, phase.merge_last, 1)
+    place = job.place / "merged" / f"{done:06d}"
+    if job.machine.world.rank == 0:
+        merge(chosen, weights_of("sma", len(chosen)), place, {"method": "sma"})
+    parallel.barrier(job.machine.world)
+    return checkpoint.Checkpoint(done, json.loads((place / "state.json").read_text()), place)

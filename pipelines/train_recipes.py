@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Phase:
-    """One step of the curriculum. A global batch is `num_groups` row groups of the packed sets; `k2 pack --batch-size` sets their images."""
+    """One step of the curriculum. A global batch is `num_groups` row groups of the packed sets, each of `k2 pack --batch-size` images."""
 
     name: str
     data: str | tuple[tuple[str, float], ...]  # RUN/packed/<name>, or several with their shares: (("pretrain_256", 0.9), ("art_256", 0.1))
@@ -50,6 +50,7 @@ class TrainRecipe:
     betas: tuple[float, float] = (0.9, 0.95)
     clip: float = 1.0  # largest norm of the gradient
     compiled: bool = False  # torch.compile, block by block
+    latents: bool = False  # read those of `k2 pack --latents`, made by this codec, instead of encoding images
     sample_every: int = 100  # steps; and at the end of every phase
     sample_steps: int = 24
     guidance: float = 2.5  # K2's convention, one less than the usual scale

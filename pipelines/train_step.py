@@ -34,6 +34,22 @@ class Alignment:
         self.optimizer = optim.adamw(self.projector, lr, plan.weight_decay, plan.betas)
         self.tap = align.Tap(model, irepa.block)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Of a checkpoint."""
+        moments = optim.optimizer_tensors(self.projector, self.optimizer)
+        return {f"projector.{name}": tensor for name, tensor in self.projector.state_dict().items()} | {
+            f"optimizer.{name}": tensor for name, tensor in moments.items()
+        }
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Put back what `tensors` gave."""
+        own: dict[str, dict[str, Tensor]] = {"projector": {}, "optimizer": {}}
+        for full_name, tensor in tensors.items():
+            kind, _, name = full_name.partition(".")
+            own[kind][name] = tensor
+        self.projector.load_state_dict(own["projector"])
+        optim.load_optimizer_tensors(self.projector, self.optimizer, own["optimizer"])
+
     def loss(self, images: Tensor, clean: Tensor) -> Tensor:
         """(B,) of the last forward pass on these images uint8 (B, 3, H, W) and latents, not weighted."""
         found = self.projector(self.tap.take(), align.grid_of(clean, self.patch))
@@ -69,7 +85,9 @@ class Result(NamedTuple):
         return all(map(math.isfinite, (self.loss, self.align or 0.0, self.grad_norms["total"])))
 
 
-def build(plan: TrainRecipe, phase: Phase, order: Order | None, encode: Encode, codec: Any, world: World, base: str | None = None) -> Parts:
+def build(
+    plan: TrainRecipe, phase: Phase, order: Order, encode: Encode, codec: Any, world: World, base: str | None, aligned: bool
+) -> Parts:
     """Model and optimizer of a phase, with the weights of step 0."""
     if plan.lora:
         model = load_model(base, world.device, torch.float32 if phase.precision == "fp32" else torch.bfloat16)
@@ -79,7 +97,7 @@ def build(plan: TrainRecipe, phase: Phase, order: Order | None, encode: Encode, 
     model = parallel.shard(model, world, checkpointing=phase.checkpointing, compiled=plan.compiled, precision=phase.precision)
     make = {"adamw": optim.adamw, "muon": optim.muon}[plan.optimizer]
     optimizer = make(model, phase.lr, plan.weight_decay, plan.betas)
-    alignment = Alignment(phase.align, model, plan, phase.lr, world) if phase.align else None
+    alignment = Alignment(phase.align, model, plan, phase.lr, world) if aligned else None
     groups = [group for packed in order.sets for group in packed.groups]
     ledger = Ledger([bucket_of(group) for group in groups], [name for name, _ in phase.mixture], device=world.device)
     return Parts(model, optimizer, codec, encode, world, ledger, alignment)

@@ -21,12 +21,12 @@ from safetensors.torch import save_file
 from curation.manifest import Reader
 from curation.stages.provenance import facts
 from k2model import flow, lora
-from pipelines import recipes
 from pipelines import sample as verb
 from pipelines import train as training
+from pipelines import train_recipes
 from pipelines.cli import call
 from pipelines.generated import parameters_of
-from pipelines.recipes import k2_nano
+from pipelines.train_recipes import k2_nano
 
 PROMPTS = ("blue sky over red ground", "", "ünïcödé 狐 <&> \x07")
 
@@ -34,7 +34,7 @@ PROMPTS = ("blue sky over red ground", "", "ünïcödé 狐 <&> \x07")
 def one_phase():
     """k2-nano, narrower, three steps at 32 px."""
     whole = k2_nano()
-    phase = replace(whole.phases[0], resolution=32, policy="p32", steps=3, warmup=1, decay=1, num_samples=1)
+    phase = replace(whole.phases[0], resolution=32, data="p32", steps=3, warmup=1, decay=1, num_samples=1)
     model = replace(whole.model, width=64, num_blocks=1)
     return replace(whole, name="one-phase", model=model, phases=(phase,), sample_every=100, sample_steps=1, checkpoint_every=2)
 
@@ -43,11 +43,11 @@ def one_phase():
 def trained(tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("run")
     make_packed(run / "packed/p32", landscapes(8, [(32, 32)]), 32, 4)
-    recipes.TRAIN["one-phase"] = one_phase
+    train_recipes.TRAIN["one-phase"] = one_phase
     before = torch.get_num_threads()
     assert training.train(str(run), "one-phase", device="cpu", threads=1) == 0
     torch.set_num_threads(before)
-    del recipes.TRAIN["one-phase"]
+    del train_recipes.TRAIN["one-phase"]
     return run / "train/one-phase"
 
 

@@ -14,7 +14,7 @@ from pipelines import cli
 
 RECIPE = """
 from dataclasses import replace
-from pipelines.recipes import k2_nano
+from pipelines.train_recipes import k2_nano
 
 whole = k2_nano()
 steps = {"256": 3, "512": 2, "1024": 1}

@@ -12,10 +12,11 @@ import pytest
 import torch
 from packed_world import landscapes, make_packed
 
-from pipelines import recipes
 from pipelines import train as verb
-from pipelines.recipes import k2_nano
+from pipelines import train_recipes, train_samples, train_step
+from pipelines.train_recipes import k2_nano
 
+MEASURED = ("images_per_s", "data_wait", "mfu", "memory_gib")  # of the machine
 STEPS = {"256": 5, "512": 3, "1024": 2}
 
 
@@ -25,7 +26,7 @@ def tiny_recipe():
     model = replace(whole.model, width=64, num_blocks=1, num_heads=2, num_kv_heads=1)
     sizes = {"256": 32, "512": 48, "1024": 64}
     phases = tuple(
-        replace(p, resolution=sizes[p.name], policy=f"p{sizes[p.name]}", steps=STEPS[p.name], warmup=1, decay=1, num_samples=1)
+        replace(p, resolution=sizes[p.name], data=f"p{sizes[p.name]}", steps=STEPS[p.name], warmup=1, decay=1, num_samples=1)
         for p in whole.phases
     )
     return replace(whole, name="tiny", model=model, phases=phases, sample_every=100, sample_steps=2, checkpoint_every=2)
@@ -41,7 +42,7 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def one_recipe(monkeypatch):
-    monkeypatch.setitem(recipes.TRAIN, "tiny", tiny_recipe)
+    monkeypatch.setitem(train_recipes.TRAIN, "tiny", tiny_recipe)
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
@@ -49,14 +50,14 @@ def one_recipe(monkeypatch):
 
 def losses(out: Path) -> list[dict]:
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k != "images_per_s"} for row in rows]
+    return [{k: v for k, v in row.items() if k not in MEASURED} for row in rows]
 
 
 @pytest.fixture(scope="module")
 def straight(data, tmp_path_factory) -> Path:
     """A run that was never stopped."""
     out = tmp_path_factory.mktemp("straight")
-    recipes.TRAIN["tiny"] = tiny_recipe
+    train_recipes.TRAIN["tiny"] = tiny_recipe
     assert verb.train(str(data), "tiny", str(out), "cpu", threads=1) == 0
     return out
 
@@ -89,14 +90,14 @@ import os, signal, sys
 sys.path.insert(0, {tests!r})
 from e2e.test_train import tiny_recipe
 from k2model import checkpoint
-from pipelines import recipes, train
+from pipelines import train, train_recipes
 whole = os.replace
 def replace(source, target):
     if str(target).endswith("000006"):
         os.kill(os.getpid(), signal.SIGKILL)
     whole(source, target)
 checkpoint.os.replace = replace
-recipes.TRAIN["tiny"] = tiny_recipe
+train_recipes.TRAIN["tiny"] = tiny_recipe
 train.train({data!r}, "tiny", {out!r}, "cpu", threads=1)
 """
 
@@ -116,8 +117,8 @@ def test_a_run_killed_while_it_saves_has_the_same_losses_and_weights(straight, d
 
 
 def test_sample_captions_come_from_many_row_groups_of_the_commonest_bucket(data):
-    packed = verb.Packed(data / "packed" / "p32")  # 5 pictures of 32 x 32 and 4 of 32 x 16, in row groups of 2
-    captions, images = verb.examples(packed, 4)
+    packed = train_samples.Packed(data / "packed" / "p32")  # 5 pictures of 32 x 32 and 4 of 32 x 16, in row groups of 2
+    captions, images = train_samples.examples(packed, 4)
     batches = [packed.read(group) for group in packed.groups if group["bucket_width"] == 32]
     assert captions == [batches[0].captions[0], batches[1].captions[0], batches[2].captions[0], batches[0].captions[1]]
     assert images.shape == (4, 3, 32, 32) and torch.equal(images[3], batches[0].images[1])
@@ -126,25 +127,25 @@ def test_sample_captions_come_from_many_row_groups_of_the_commonest_bucket(data)
 def test_a_finished_run_does_nothing_and_another_recipe_for_its_folder_is_refused(straight, data, capsys, monkeypatch):
     assert verb.train(str(data), "tiny", str(straight), "cpu", threads=1) == 0
     assert json.loads(capsys.readouterr().out)["steps_now"] == 0
-    monkeypatch.setitem(recipes.TRAIN, "tiny", lambda: replace(tiny_recipe(), seed=1))
+    monkeypatch.setitem(train_recipes.TRAIN, "tiny", lambda: replace(tiny_recipe(), seed=1))
     with pytest.raises(ValueError, match=r"recipe\.seed: 0 -> 1"):
         verb.train(str(data), "tiny", str(straight), "cpu", threads=1)
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_weights_change(data, tmp_path, monkeypatch, capsys):
-    whole = verb.flow.loss
+    whole = train_step.flow.loss
     calls = []
 
     def breaks_at_the_fourth(*arguments):
         calls.append(1)
         return whole(*arguments) * (float("nan") if len(calls) == 4 else 1)
 
-    monkeypatch.setattr(verb.flow, "loss", breaks_at_the_fourth)
+    monkeypatch.setattr(train_step.flow, "loss", breaks_at_the_fourth)
     assert verb.train(str(data), "tiny", str(tmp_path), "cpu", threads=1) == 1
     said = capsys.readouterr().err
     assert "at step 4 of phase 256" in said and "cursor" in said and "row group" in said
     assert [row["step"] for row in losses(tmp_path)] == [1, 2, 3]
-    monkeypatch.setattr(verb.flow, "loss", whole)
+    monkeypatch.setattr(train_step.flow, "loss", whole)
     assert verb.train(str(data), "tiny", str(tmp_path), "cpu", threads=1) == 0
 
 

@@ -3,7 +3,6 @@
 import json
 import shutil
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +13,11 @@ from packed_world import landscapes, make_packed
 from safetensors.torch import load_file
 
 from k2model import flow, layouts, lora
+from k2model.data import Packed, to_pixels
 from k2model.lora import Lora
 from k2model.vae import load_pca
-from pipelines import recipes
 from pipelines import train as verb
+from pipelines import train_recipes
 
 STEPS = 60
 
@@ -31,14 +31,14 @@ def base_recipe():
 def lora_recipe():
     """A LoRA on it."""
     whole = base_recipe()
-    phase = replace(whole.phases[0], steps=STEPS, lr=1e-2, policy="style")
+    phase = replace(whole.phases[0], steps=STEPS, lr=1e-2, data="style")
     return replace(whole, name="lora-tiny", phases=(phase,), lora=Lora(rank=4, alpha=8), checkpoint_every=20, caption_dropout=0.0)
 
 
 @pytest.fixture(autouse=True)
 def known_recipes(monkeypatch):
-    monkeypatch.setitem(recipes.TRAIN, "tiny-base", base_recipe)
-    monkeypatch.setitem(recipes.TRAIN, "lora-tiny", lora_recipe)
+    monkeypatch.setitem(train_recipes.TRAIN, "tiny-base", base_recipe)
+    monkeypatch.setitem(train_recipes.TRAIN, "lora-tiny", lora_recipe)
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
@@ -58,7 +58,7 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def base(data, tmp_path_factory) -> Path:
-    recipes.TRAIN["tiny-base"] = base_recipe
+    train_recipes.TRAIN["tiny-base"] = base_recipe
     out = tmp_path_factory.mktemp("base")
     assert verb.train(str(data), "tiny-base", str(out), device="cpu", threads=1) == 0
     return out / "checkpoints" / "000024"
@@ -66,7 +66,7 @@ def base(data, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def straight(data, base, tmp_path_factory) -> Path:
-    recipes.TRAIN["lora-tiny"] = lora_recipe
+    train_recipes.TRAIN["lora-tiny"] = lora_recipe
     out = tmp_path_factory.mktemp("lora")
     assert verb.train(str(data), "lora-tiny", str(out), device="cpu", base=str(base), threads=1) == 0
     return out
@@ -84,18 +84,19 @@ def velocity(model) -> torch.Tensor:
 
 
 def test_the_loss_of_the_style_falls_from_the_base_s_on_the_same_noise(straight, data, base):
-    model, batches = layouts.load_model(base), list(islice(verb.Packed(data / "packed" / "style").batches(0, verb.Cursor()), 3))
+    packed = Packed(data / "packed" / "style")
+    model, batches = layouts.load_model(base), [packed.read(group) for group in packed.groups]
     codec, encode = load_pca(base / "vae.safetensors"), lora_recipe().text.load("cpu")
 
     def loss() -> float:
         found = []
         for step in range(8):
-            for batch, _ in batches:
-                clean = codec.encode(verb.to_pixels(batch.images))
+            for batch in batches:
+                clean = codec.encode(to_pixels(batch.images))
                 draw = flow.draw(99, step, batch.uids, tuple(clean.shape[1:]), 0.5)
                 with torch.no_grad():
                     velocity = model(flow.noisy(clean, draw.noise, draw.t), draw.t, *encode(batch.captions))
-                found.append(float(flow.loss(velocity, clean, draw.noise)))
+                found.append(float(flow.loss(velocity, clean, draw.noise).mean()))
         return float(np.mean(found))
 
     before = loss()
@@ -163,7 +164,7 @@ def test_a_base_that_is_missing_or_does_not_fit_is_told(data, base, tmp_path, mo
     with pytest.raises(ValueError, match=r"has no vae\.safetensors"):
         verb.train(str(data), "lora-tiny", str(tmp_path / "a"), device="cpu", base=str(base / "model.safetensors"))
     wide = replace(lora_recipe(), model=replace(lora_recipe().model, width=128))
-    monkeypatch.setitem(recipes.TRAIN, "lora-tiny", lambda: wide)
+    monkeypatch.setitem(train_recipes.TRAIN, "lora-tiny", lambda: wide)
     with pytest.raises(ValueError, match=r"is a model of .*width=64.* is for .*width=128"):
         verb.train(str(data), "lora-tiny", str(tmp_path / "a"), device="cpu", base=str(base))
     assert not (tmp_path / "a").exists()

@@ -6,7 +6,7 @@ from safetensors.torch import save_file
 
 from k2model.dit import Config, DiT
 from k2model.layouts import diffusers_config, load_model, open_checkpoint
-from pipelines import recipes
+from pipelines import train_recipes
 
 NARROW = Config(
     width=64,
@@ -46,7 +46,7 @@ def test_every_training_recipe_has_most_of_its_flops_at_256_pixels():
     from k2model.flops import train_flops
 
     for name in ("k2-1b", "k2"):
-        recipe = recipes.TRAIN[name]()
+        recipe = train_recipes.TRAIN[name]()
         batches = {"k2-1b": (256, 128, 64), "k2": (2048, 1024, 512)}[name]  # as the recipes' texts say
         flops = [
             phase.steps * batch * train_flops(recipe.model, recipe.text_tokens, (phase.resolution // 16) ** 2)
