@@ -101,7 +101,7 @@ class Plain:
             prompts = ["" if drop < plan.caption_dropout else caption for drop, caption in zip(draw.drop, batch.captions, strict=True)]
             text, mask = self.pipeline.get_text_hidden_states(prompts)
             if self.trim:  # padding lies between prompt and suffix: sort the valid tokens to the front, then cut
-                order = (~mask).int().argsort(1, stable=True)[:, : int(mask.sum(1).max())]
+                order = (~mask).int().argsort(dim=1, stable=True)[:, : int(mask.sum(1).max())]
                 rows = torch.arange(len(text))[:, None]
                 text, mask = text[rows, order], mask[rows, order]
         t = draw.t[:, None, None, None]
@@ -128,7 +128,9 @@ class Ours:
 
     def __init__(self, plan: TrainRecipe, phase: Phase):
         order: Any = SimpleNamespace(sets=[SimpleNamespace(groups=[{"bucket_height": phase.resolution, "bucket_width": phase.resolution}])])
-        self.parts = build(plan, phase, order, plan.text.load("cpu"), plan.vae.load("cpu"), World(), None, aligned=False)
+        self.parts = build(
+            plan, phase, order, plan.text.load("cpu"), plan.vae.load("cpu"), World(0, 1, torch.device("cpu")), None, aligned=False
+        )
 
     def step(self, plan: TrainRecipe, phase: Phase, batch: Loaded, number: int, lr: float) -> float:
         """One optimizer step; the loss."""

@@ -1,6 +1,17 @@
 """Matrix products of a training sample: what plans, metrics and benchmarks divide by."""
 
+import torch
+
 from k2model.dit import Config, hidden_dim
+
+# Dense bf16 products, FLOP/s, of the makers' data sheets: what MFU is a share of, whatever the precision of a phase.
+PEAK = {"B200": 2.25e15, "H200": 9.89e14, "H100 PCIe": 7.56e14, "H100": 9.89e14, "A100": 3.12e14, "L40S": 3.62e14, "4090": 1.65e14}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """bf16 FLOP/s of a GPU by its data sheet; None where we do not know it, as for CPUs."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((rate for part, rate in PEAK.items() if part in name), None)
 
 
 def train_flops(config: Config, text_tokens: int, image_tokens: int) -> int:

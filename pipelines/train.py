@@ -33,6 +33,7 @@ def train(
     device: str = "auto",
     threads: int | None = None,
     decoders: int = 4,
+    tp: int = 1,
     max_rows: int | None = None,
     tensorboard: bool = False,
     wandb: str | None = None,
@@ -54,6 +55,7 @@ def train(
         device: auto, cpu or cuda.
         threads: CPU threads of torch; default all. Losses are equal only for an equal number.
         decoders: Threads of each rank that decode images ahead of the step.
+        tp: Processes that share each matrix (tensor parallelism); 1 is right up to some hundred GPUs.
         max_rows: Most images of a rank that go through the model at once: less memory, the same batches (gradients are added up).
         tensorboard: Write events to OUT/tensorboard too.
         wandb: Log to this project of Weights & Biases too.
@@ -76,10 +78,13 @@ def train(
     if threads is not None:
         torch.set_num_threads(threads)
     place = Path(out) if out else Path(data) / "train" / plan.name
-    with parallel.start(device) as world:
+    world = parallel.start(device, tp)
+    try:
         for span in spans:
             check_world(span.phase.num_groups, world.size)
         return run(plan, spans, place, Machine(world, max_rows, decoders, tensorboard, wandb), base, digest)
+    finally:
+        world.stop()
 
 
 def curriculum(plan: TrainRecipe, data: str) -> list[Span]:

@@ -5,6 +5,7 @@ kill and going on with another number of ranks are one thing.
 """
 
 import json
+import resource
 import sys
 import time
 from collections.abc import Iterator
@@ -13,12 +14,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from safetensors.torch import save as to_bytes
 from tqdm import tqdm
 
 from curation.shards import write_bytes
 from k2model import checkpoint, lora, optim, parallel, validation
 from k2model.data import to_pixels
+from k2model.flops import peak_flops
 from k2model.loader import Loader
 from k2model.merge import merge, weights_of
 from k2model.order import Order
@@ -89,7 +92,7 @@ def run(plan: TrainRecipe, spans: list[Span], place: Path, machine: Machine, bas
         0 when done; 1 when a loss or gradient was not finite, or when a signal asked to stop and a checkpoint was written.
     """
     world, total = machine.world, spans[-1].end
-    first = world.rank == 0
+    first = world.is_main
     description = describe(plan, spans, digest)
     check_description(place, description, write=False)
     last = checkpoint.latest(place / "checkpoints")
@@ -174,7 +177,7 @@ def run_phase(job: Job, span: Span, parts: Parts, done: int) -> tuple[int, bool]
             lr = phase.lr * optim.warmup_stable_decay(index, phase.steps, phase.warmup, phase.decay)
             result = train_step(parts, plan, phase, batches, order.num_images(index), done, lr, job.signals.stop)
             if not result.finite:
-                if world.rank == 0:
+                if world.is_main:
                     print(not_finite(span, result, done, index), file=sys.stderr)
                 return done, True
             done += 1
@@ -229,14 +232,27 @@ def row_of(span: Span, result: Result, done: int, index: int, lr: float, seconds
         **result.parts,
         "images_per_s": round(images / seconds, 3),
         "data_wait": round(waiting / seconds, 4),
-        "mfu": parallel.mfu(result.flops / seconds, world),
-        "memory_gib": parallel.peak_memory_gib(world),
+        "mfu": mfu(result.flops / seconds, world),
+        "memory_gib": peak_memory_gib(world),
     }
     if result.align is not None:
         row["align"] = result.align
     if world.size == 1 and len(result.losses) <= MOST_LOSSES:
         row["losses"] = [round(loss, 5) for loss in result.losses]
     return row
+
+
+def mfu(rate: float, world: World) -> float | None:
+    """Share of the GPUs' bf16 peak that `rate`, the FLOP/s of valid tokens, is."""
+    peak = peak_flops(world.device)
+    return None if peak is None else round(rate / (peak * world.size * world.tp), 4)
+
+
+def peak_memory_gib(world: World) -> float:
+    """The most that this process has held: of the GPU's memory, or of the machine's where there is none."""
+    if world.device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(world.device) / 2**30, 3)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3)  # kibibytes on Linux
 
 
 def validate(job: Job, span: Span, parts: Parts) -> dict[str, Any]:
@@ -257,7 +273,7 @@ def validate(job: Job, span: Span, parts: Parts) -> dict[str, Any]:
     with parallel.autocast(world, span.phase.precision):
         sums = validation.validation_sums(parts.model, batches(), VALIDATION_TIMES, job.plan.seed)
     parts.model.train()
-    return validation.losses(parallel.reduce_together([sums.to(world.device)], world)[0].cpu())
+    return validation.losses(parallel.reduce(sums.to(world.device), world).cpu())
 
 
 def show(job: Job, span: Span, parts: Parts, done: int) -> None:
@@ -291,7 +307,7 @@ def merged(job: Job, phase: Phase, done: int) -> checkpoint.Checkpoint:
     """The mean of the last checkpoints of the phase before (PMA), kept in RUN/merged/<step>."""
     chosen = choose(job.place, phase.merge_last, 1)
     place = job.place / "merged" / f"{done:06d}"
-    if job.machine.world.rank == 0:
+    if job.machine.world.is_main:
         merge(chosen, weights_of("sma", len(chosen)), place, {"method": "sma"})
     parallel.barrier(job.machine.world)
     return checkpoint.Checkpoint(done, json.loads((place / "state.json").read_text()), place)

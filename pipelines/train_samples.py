@@ -44,7 +44,7 @@ def samples(parts: Parts, plan: TrainRecipe, phase: Phase, packed: Packed, path:
         mu = flow.resolution_mu(tokens)
         latents = flow.sample(velocity(prompts), velocity([""] * len(prompts)), noise, plan.sample_steps, mu, plan.guidance)
     parts.model.train()
-    if parts.world.rank == 0:
+    if parts.world.is_main:
         pictures["samples"] = to_images(parts.codec.decode(latents))
         sample_grid(pictures, prompts, f"{title}, guidance {plan.guidance:g}, {plan.sample_steps} Euler steps", path)
 

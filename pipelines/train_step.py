@@ -30,7 +30,7 @@ class Alignment:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(plan.seed)
             projector = align.Projector(plan.model.width, irepa.teacher.dim).to(world.device)
-        self.projector = parallel.shard_encoder(projector, world)
+        self.projector = parallel.shard_part(projector, world)
         self.optimizer = optim.adamw(self.projector, lr, plan.weight_decay, plan.betas)
         self.tap = align.Tap(model, irepa.block)
 
@@ -93,8 +93,11 @@ def build(
         model = load_model(base, world.device, torch.float32 if phase.precision == "fp32" else torch.bfloat16)
         lora.attach(model, plan.lora, plan.seed)
     else:
-        model = parallel.initial(plan.model, plan.seed, world)
+        with torch.device("meta"):
+            model = DiT(plan.model)
     model = parallel.shard(model, world, checkpointing=phase.checkpointing, compiled=plan.compiled, precision=phase.precision)
+    if not plan.lora:
+        parallel.init(model, plan.seed)
     make = {"adamw": optim.adamw, "muon": optim.muon}[plan.optimizer]
     optimizer = make(model, phase.lr, plan.weight_decay, plan.betas)
     alignment = Alignment(phase.align, model, plan, phase.lr, world) if aligned else None
@@ -143,7 +146,7 @@ def train_step(
         total = torch.where(weight > 0, each, 0).sum() / num_images
         beside = torch.where(weight > 0, aligned, 0).sum() / num_images
         loss = total + alignment.irepa.weight * beside if alignment else total
-        (loss * world.size).backward()  # gradients are averaged over the ranks
+        loss.backward()  # gradients of the ranks are added up
         each, lengths, image_tokens = each.detach()[:valid], mask[:valid].sum(1).tolist(), clean[0, 0].numel() // plan.model.patch**2
         parts.ledger.add(each, t[:valid], f"{batch.bucket[0]}x{batch.bucket[1]}", phase.mixture[batch.group.source][0])
         losses += each.tolist()
@@ -152,7 +155,8 @@ def train_step(
         sums += torch.tensor(counted, dtype=torch.float64, device=device)
     sums[4] = float(stop)
     norms = optim.grad_norms(parts.model)
-    sums, parts.ledger.sums = parallel.reduce_together([sums, parts.ledger.sums], world)
+    together = parallel.reduce(torch.cat([sums, parts.ledger.sums.flatten()]), world)
+    sums, parts.ledger.sums = together[: len(sums)], together[len(sums) :].view_as(parts.ledger.sums)
     found, by_part = sums.tolist(), {name: float(norm) for name, norm in norms.items()}
     result = Result(found[0], found[1] if alignment else None, by_part, int(found[2]), found[3], found[4] > 0, parts.ledger.read(), losses)
     if result.finite:
