@@ -31,12 +31,11 @@ def write_latents(place: Path, codec: str, ray: str, workers: int | None) -> lis
     Raises:
         ValueError: the codec is not at hand, or the latents that are there were made by another one.
     """
-    described = describe_codec(codec)
     files: dict[str, list[dict]] = {}
     packed = Packed(place)
     for group in packed.groups:
         files.setdefault(group["file"], []).append(group)
-    made_by = fingerprint({"packed": packed.fingerprint, "codec": described, "dtype": "float16"})
+    made_by = identity(packed, codec)
     todo = [name for name in files if not is_done(place / "latents" / name, made_by)]
     failed = []
     make = partial(encoder, place, codec, {name: files[name] for name in todo}, made_by)
@@ -46,6 +45,24 @@ def write_latents(place: Path, codec: str, ray: str, workers: int | None) -> lis
                 failed.append(f"{outcome.item} ({outcome.error})")
             progress.update(not outcome.error)
     return failed
+
+
+def identity(packed: Packed, codec: str) -> str:
+    """The fingerprint that the latents of a packed set and a codec have."""
+    return fingerprint({"packed": packed.fingerprint, "codec": describe_codec(codec), "dtype": "float16"})
+
+
+def check_latents(packed: Packed, codec: str) -> None:
+    """All latents of a packed set are there and made by this codec.
+
+    Raises:
+        ValueError: they are not.
+    """
+    made_by = identity(packed, codec)
+    for name in dict.fromkeys(group["file"] for group in packed.groups):
+        path = Path(packed.directory, "latents", name)
+        if not is_done(path, made_by):
+            raise ValueError(f"{path} is missing, and the recipe trains on latents. Run k2 pack --latents {codec}")
 
 
 def describe_codec(codec: str) -> dict[str, Any]:

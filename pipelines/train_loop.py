@@ -28,6 +28,7 @@ from k2model.order import Order
 from k2model.parallel import World
 from k2model.text import Encode
 from k2model.vae import Pca, fit_pca, load_pca
+from pipelines.latents import check_latents
 from pipelines.merge import choose
 from pipelines.metrics import Metrics, read_rows
 from pipelines.pictures import loss_plot
@@ -110,6 +111,9 @@ def run(plan: TrainRecipe, spans: list[Span], place: Path, machine: Machine, bas
             fit_codec(plan, spans[0].order, place, base)
     parallel.barrier(world)
     codec = codec or load_pca(place / "vae.safetensors").to(world.device)
+    if plan.latents:
+        for packed in (packed for span in spans for packed in span.order.sets):
+            check_latents(packed, str(place / "vae.safetensors") if isinstance(plan.vae, Pca) else plan.vae.path)
     with ExitStack() as stack:
         metrics = stack.enter_context(Metrics(place, done, machine.tensorboard, machine.wandb, {"recipe": plan.name})) if first else None
         signals, watchdog = stack.enter_context(Signals()), stack.enter_context(Watchdog())
@@ -305,9 +309,9 @@ def save(job: Job, span: Span, parts: Parts, done: int) -> None:
 
 def merged(job: Job, phase: Phase, done: int) -> checkpoint.Checkpoint:
     """The mean of the last checkpoints of the phase before (PMA), kept in RUN/merged/<step>."""
-    chosen = choose(job.place, phase.merge_last, 1)
     place = job.place / "merged" / f"{done:06d}"
-    if job.machine.world.is_main:
+    if job.machine.world.is_main and not place.exists():  # it is there whole or not at all
+        chosen = choose(job.place, phase.merge_last, 1)
         merge(chosen, weights_of("sma", len(chosen)), place, {"method": "sma"})
     parallel.barrier(job.machine.world)
     return checkpoint.Checkpoint(done, json.loads((place / "state.json").read_text()), place)
