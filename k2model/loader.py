@@ -136,17 +136,19 @@ class Loader:
             latents, uids = packed.latent_rows(group) if self._latents else (None, None)
         except Exception as error:
             raise ValueError(f"{packed.place(group)} cannot be read: {type(error).__name__}: {error}") from error
-        if self._latents and uids != table["uid"].to_pylist():
+        texts = [table["caption"].to_pylist(), table["uid"].to_pylist()]
+        if self._latents and uids != texts[1]:
             raise ValueError(
                 f"{packed.place(group)} has other images than its latents. Delete the latents, and run k2 pack --latents again"
             )
         found = []
         for part in parts:
-            columns = [[column[row].as_py() for row in part.rows] for column in (table["caption"], table["uid"])]
+            columns = [[values[row] for row in part.rows] for values in texts]
             bucket = (group["bucket_height"], group["bucket_width"])
             loaded = Loaded(None, None, *columns, part.num_valid, bucket, part.group)
             if latents is not None:
-                found.append(_Making(loaded._replace(latents=latents[torch.tensor(part.rows)]), None, part, []))
+                mine = latents[: len(part.rows)] if part.rows == list(range(len(part.rows))) else latents[part.rows]  # a copy only if need be
+                found.append(_Making(loaded._replace(latents=mine), None, part, []))
                 continue
             pixels = np.empty((len(part.rows), *bucket, 3), np.uint8)
             count = max(1, part.num_valid)  # the rest are repeats
