@@ -138,7 +138,15 @@ def main(images: str, peers: str, rounds: int = 3, jpegs: int = 2048, latents: i
             row |= {key: round(statistics.median(one[key] for one in done), 3) for key in ("displacement", "near", "resume_s")}
             row["resume_exact"] = all(one["resume_exact"] for one in done)
             rows.append(row)
-        line = {"benchmark": "loader", "kind": kind, "samples": count, "mean_bytes": mean_bytes, "batch": BATCH, "rounds": rounds, "rows": rows}
+        line = {
+            "benchmark": "loader",
+            "kind": kind,
+            "samples": count,
+            "mean_bytes": mean_bytes,
+            "batch": BATCH,
+            "rounds": rounds,
+            "rows": rows,
+        }
         line |= {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count(), "commit": commit()}
         line["versions"] = versions() | found_versions
         print(json.dumps(line))

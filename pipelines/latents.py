@@ -100,7 +100,7 @@ def encoder(place: Path, codec: str, files: dict[str, list[dict]], made_by: str,
             yield pa.table([pa.array(batch.uids), pa.array(values, pa.binary())], schema=LATENTS)
 
     def encode(name: str) -> int:
-        # Not compressed: zstd takes 8 % off values of a normal distribution, and reading takes five times as long (benchmarks/results/loader.jsonl).
+        # zstd takes 8 % off values of a normal distribution, and reading then takes several times as long (bench_loader.py).
         write_row_groups(tables(name), place / "latents" / name, LATENTS, made_by, compression="none")
         return len(files[name])
 
