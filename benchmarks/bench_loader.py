@@ -79,7 +79,7 @@ def write_packed(place: Path, samples: list[tuple[int, str, bytes]], kind: str) 
             batches.append({"file": name, "row_group": i, "bucket_height": SIDE, "bucket_width": SIDE, "num_rows": len(group)})
         write_row_groups(tables, place / name, PACKED, made_by)
         if kind == "latent":
-            write_row_groups(latents, place / "latents" / name, LATENTS, made_by, compression="none")
+            write_row_groups(latents, place / "latents" / name, LATENTS, made_by, plain=True)
     description = {"fingerprint": made_by, "policy": "bench", "resolution": SIDE, "batch_size": BATCH, "seed": 0}
     write_json(description | {"num_rows": len(samples), "num_batches": len(batches), "batches": batches}, place / "dataset.json")
 

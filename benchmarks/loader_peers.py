@@ -211,13 +211,11 @@ class Ours:
         from k2model.order import Order
 
         packed = Packed(self.place)
-        with Loader(Order([packed], [1], 1, SEED), start=skip, ahead=4, threads=self.threads, latents=self.kind == "latent") as loader:
-            for parts, i in loader:
+        order, latents = Order([packed], [1], 1, SEED), self.kind == "latent"
+        with Loader(order, start=skip, ahead=4, threads=self.threads, latents=latents, stop=len(packed)) as loader:
+            for parts, _ in loader:
                 for part in parts:
-                    values = part.images if part.latents is None else part.latents
-                    yield [int(uid.rpartition("/")[2]) for uid in part.uids], part.captions, values
-                if i + 1 == len(packed):
-                    return
+                    yield [int(uid.rpartition("/")[2]) for uid in part.uids], part.captions, part.latents if latents else part.images
 
 
 PEERS = {"ours": Ours, "webdataset": Webdataset, "litdata": Litdata, "streaming": Streaming, "safetensors": Safetensors}

@@ -138,14 +138,10 @@ class Loader:
         packed, group = self._order.sets[parts[0].group.source], self._order.describe(parts[0].group)
         try:
             table = packed.table(group, ["uid", "caption"] if self._latents else ["uid", "caption", "image"])
-            latents, uids = packed.latent_rows(group) if self._latents else (None, None)
+            latents = packed.latents(group) if self._latents else None
         except Exception as error:
             raise ValueError(f"{packed.place(group)} cannot be read: {type(error).__name__}: {error}") from error
         texts = [table["caption"].to_pylist(), table["uid"].to_pylist()]
-        if self._latents and uids != texts[1]:
-            raise ValueError(
-                f"{packed.place(group)} has other images than its latents. Delete the latents, and run k2 pack --latents again"
-            )
         found = []
         for part in parts:
             columns = [[values[row] for row in part.rows] for values in texts]

@@ -101,7 +101,7 @@ def encoder(place: Path, codec: str, files: dict[str, list[dict]], made_by: str,
 
     def encode(name: str) -> int:
         # zstd takes 8 % off values of a normal distribution, and reading then takes several times as long (bench_loader.py).
-        write_row_groups(tables(name), place / "latents" / name, LATENTS, made_by, compression="none")
+        write_row_groups(tables(name), place / "latents" / name, LATENTS, made_by, plain=True)
         return len(files[name])
 
     return encode
