@@ -123,7 +123,9 @@ def check_alike(opened: Sequence[Checkpoint]) -> None:
                     f"{wanted.dtype} in {last.path}. Merge checkpoints of one run."
                 )
         if one.config != last.config:
-            raise ValueError(f"these models differ: {one.path} is {one.config}, {last.path} is {last.config}. Merge checkpoints of one run.")
+            raise ValueError(
+                f"these models differ: {one.path} is {one.config}, {last.path} is {last.config}. Merge checkpoints of one run."
+            )
     small = next((name for name, stored in last.tensors.items() if stored.dtype.itemsize == 1), None)
     if small:
         raise ValueError(f"{last.path}: {small} has eight bits; their average would lose most of what differs. Merge before `k2 convert`.")
@@ -137,7 +139,9 @@ def _codec(places: Sequence[Path]) -> Path | None:
     wanted = _hash(codec)
     for place in places[:-1]:
         if (other := place / codec.name).is_file() and _hash(other) != wanted:
-            raise ValueError(f"{other} is another codec than {codec}: these models speak of different latents. Merge checkpoints of one run.")
+            raise ValueError(
+                f"{other} is another codec than {codec}: these models speak of different latents. Merge checkpoints of one run."
+            )
     return codec
 
 

@@ -146,7 +146,9 @@ def grad_norms(model: nn.Module) -> dict[str, Tensor]:
     gradients (DTensor) the norms are those of the whole, the same on all ranks; all ranks have to call it.
     """
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.grad is not None]
-    num_blocks = 1 + max((int(found[1]) for name, _ in model.named_parameters() if (found := re.match(r"blocks\.(\d+)\.", name))), default=0)
+    num_blocks = 1 + max(
+        (int(found[1]) for name, _ in model.named_parameters() if (found := re.match(r"blocks\.(\d+)\.", name))), default=0
+    )
     parts: dict[str, list[Tensor]] = {}
     for name, parameter in named:
         parts.setdefault(part_of(name, num_blocks), []).append(parameter.grad)

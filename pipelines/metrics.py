@@ -31,7 +31,9 @@ class Metrics:
         ValueError: metrics.jsonl does not hold the steps up to `step`, or a package is missing.
     """
 
-    def __init__(self, place: Path, step: int, tensorboard: bool = False, wandb: str | None = None, config: Mapping[str, Any] | None = None):
+    def __init__(
+        self, place: Path, step: int, tensorboard: bool = False, wandb: str | None = None, config: Mapping[str, Any] | None = None
+    ):
         self.path = place / "metrics.jsonl"
         place.mkdir(parents=True, exist_ok=True)
         writer, run = _tensorboard() if tensorboard else None, _wandb() if wandb else None  # before anything is cut
