@@ -193,7 +193,7 @@ def sweeps(found: Sequence[dict]) -> Figure:
 
 
 def windows(steps: np.ndarray, values: np.ndarray, num: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """A long series in at most `num` windows of consecutive points: mean step, 5 %, median, 95 %. Values that are not finite are left out."""
+    """A long series in at most `num` windows of neighbours: mean step, 5 %, median, 95 %; without values that are not finite."""
     good = np.isfinite(values)
     parts = [part for part in np.array_split(np.flatnonzero(good), min(num, max(int(good.sum()), 1))) if len(part)]
     rows = [(steps[part].mean(), *np.quantile(values[part], (0.05, 0.5, 0.95))) for part in parts]
@@ -311,7 +311,7 @@ def strands(named: Sequence[tuple[str, np.ndarray, np.ndarray]], ylabel: str, lo
     low, high = axis.get_ylim()
     place = axis.transData + axis.transAxes.inverted()
     heights: list[float] = []
-    for value, name, colour in sorted(ends):
+    for value, *_ in sorted(ends):
         height = float(place.transform((0, np.clip(value, low, high)))[1])
         heights.append(max(height, heights[-1] + 0.075) if heights else height)
     spill = max(0.0, heights[-1] - 1) if heights else 0.0  # a heap at the top moves down as a whole
@@ -334,6 +334,7 @@ def panels(named: Sequence[tuple[str, Sequence[tuple[np.ndarray, np.ndarray]]]])
         axis.set_ylim(0, max(1e-9, axis.get_ylim()[1]))
         axis.set_ylabel(label, color=INK, fontsize=8.5, rotation=0, ha="right", va="center")
         axis.yaxis.set_major_locator(MaxNLocator(3))
+    figure.align_ylabels()
     _step_axis(axis)
     return figure
 
