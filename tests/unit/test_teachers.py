@@ -6,17 +6,19 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from curation import compact
 from curation.towers import Compact, EffNet, Siglip
 from pipelines.teachers import Dino, TowerTeacher
 
 DINO = "vit_small_patch16_dinov3"
 
 
-def picture(height, width):
-    """A picture whose left half is flat and whose right half is noise, uint8 (1, 3, H, W)."""
+def picture(height, width, noisy=True):
+    """A picture that is flat but for noise in its upper right corner, uint8 (1, 3, H, W)."""
     rng = np.random.default_rng(0)
     pixels = np.full((height, width, 3), 120, np.uint8)
-    pixels[:, width // 2 :] = rng.integers(0, 256, (height, width - width // 2, 3))
+    if noisy:
+        pixels[: height // 4, -width // 4 :] = rng.integers(0, 256, (height // 4, width // 4, 3))
     return torch.from_numpy(pixels).permute(2, 0, 1)[None]
 
 
@@ -28,9 +30,18 @@ def test_towers_of_packages_see_the_whole_picture(tower, size, grid):
     teacher = TowerTeacher(tower)
     tokens = teacher.load("cpu")(picture(*size))
     assert tokens.shape == (1, *grid, teacher.dim) and not tokens.requires_grad and tokens.isfinite().all()
-    spread = tokens[0].std(0).mean(-1)  # over the rows of a column: none where the picture is flat
-    edge = max(1, grid[1] // 8)
-    assert spread[-edge:].mean() > 3 * spread[:edge].mean(), "columns of tokens lie where columns of pixels do"
+    changed = (tokens - teacher.load("cpu")(picture(*size, noisy=False)))[0].norm(dim=-1)
+    row, column = divmod(int(changed.argmax()), grid[1])
+    assert row <= grid[0] // 4 and column >= grid[1] - 1 - grid[1] // 4, "rows and columns of tokens lie where those of pixels do"
+
+
+def test_the_compact_teacher_has_the_features_of_its_tower():
+    images = picture(128, 128)
+    wanted = compact.load()(images.float())
+    found = TowerTeacher(Compact()).load("cpu")(images).mean((1, 2))
+    assert torch.allclose(found[:, :192], wanted[:, 64:256], atol=1e-3), "the mean over space of a crop's maps is the crop's feature"
+    both = torch.stack([found[0, 192:], wanted[0, 256:]])  # of the coarsest map, which is drawn finer
+    assert torch.corrcoef(both)[0, 1] > 0.9
 
 
 def test_the_effnet_teacher_is_the_tower_on_the_same_pixels():
@@ -66,7 +77,7 @@ def test_a_dino_has_one_token_for_every_token_of_the_model(dino):
 
 
 def test_missing_or_foreign_weights_say_what_to_do(dino, tmp_path):
-    with pytest.raises(ValueError, match=r"no weights of .* hf download"):
+    with pytest.raises(ValueError, match=r"no weights of .*hf download"):
         Dino(DINO, str(tmp_path / "none.safetensors")).load("cpu")
     with pytest.raises(ValueError, match="does not hold"):
         Dino("vit_base_patch16_dinov3", dino[1]).load("cpu")
@@ -76,6 +87,7 @@ def test_missing_or_foreign_weights_say_what_to_do(dino, tmp_path):
 
 def test_a_siglip_is_asked_for_patches_of_the_squashed_picture(tmp_path):
     import timm
+
     from curation.towers import vision_tower
 
     model = "ViT-B-32-SigLIP2-256"
