@@ -153,7 +153,8 @@ def _compact(tower: Compact, device: str | torch.device) -> Teacher:
         for depth, group in enumerate(network.blocks):
             x = group(x)
             if depth in MAPS:
-                maps.append(F.adaptive_avg_pool2d(x, grid) if x.shape[2] >= grid[0] else resized(x, grid))
+                # Bilinear keeps the mean over space; the overshoot of a bicubic one is many times the spread of a channel's means.
+                maps.append(F.adaptive_avg_pool2d(x, grid) if x.shape[2] >= grid[0] else F.interpolate(x, grid, mode="bilinear"))
         return (torch.cat(maps, 1).permute(0, 2, 3, 1) - mean) / spread
 
     return tokens

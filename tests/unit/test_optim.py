@@ -7,6 +7,7 @@ import pytest
 import torch
 from small_k2 import SMALL, small_model
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from k2model import lora, optim
 from k2model.lora import Lora
@@ -146,6 +147,15 @@ def test_thirds_of_blocks_have_every_block_once():
     assert optim.part_of("blocks.27.mod.lin", 28) == "blocks 20-28"
 
 
+def full_rank(model):
+    """Random gradients for Muon's matrices: of a small batch they have so low a rank that bfloat16 decides where the rest goes."""
+    for name, parameter in model.named_parameters():
+        if optim.MUON.fullmatch(name):
+            value = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
+            sharded = isinstance(parameter, DTensor)
+            parameter.grad = distribute_tensor(value, parameter.device_mesh, parameter.placements) if sharded else value
+
+
 def sharded_steps(rank, world, port, folder):
     """A step of Muon on a model in shards: norms and weights to `folder`."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -158,6 +168,7 @@ def sharded_steps(rank, world, port, folder):
     optimizer = optim.muon(model, 1e-2, 0.01)
     backward(model)  # the same batch on every rank, so that the mean of the gradients is that of one process
     found = {part: norm.item() for part, norm in optim.grad_norms(model).items()}
+    full_rank(model)
     optimizer.step()
     weights = {name: optim.whole(value.detach()) for name, value in model.named_parameters()}
     state = {name: optim.whole(value) for name, value in optim.optimizer_tensors(model, optimizer).items()}
@@ -182,6 +193,7 @@ def test_norms_and_muon_are_the_same_in_shards(tmp_path):
     optimizer = optim.muon(model, 1e-2, 0.01)
     backward(model)
     assert norms == pytest.approx({part: norm.item() for part, norm in optim.grad_norms(model).items()}, rel=1e-4) and others == norms
+    full_rank(model)
     optimizer.step()
     for name, value in model.named_parameters():
         ours, theirs = value - before[name], weights[name] - before[name]

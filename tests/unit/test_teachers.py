@@ -39,9 +39,7 @@ def test_the_compact_teacher_has_the_features_of_its_tower():
     images = picture(128, 128)
     wanted = compact.load()(images.float())
     found = TowerTeacher(Compact()).load("cpu")(images).mean((1, 2))
-    assert torch.allclose(found[:, :192], wanted[:, 64:256], atol=1e-3), "the mean over space of a crop's maps is the crop's feature"
-    both = torch.stack([found[0, 192:], wanted[0, 256:]])  # of the coarsest map, which is drawn finer
-    assert torch.corrcoef(both)[0, 1] > 0.9
+    assert torch.allclose(found, wanted[:, 64:], atol=1e-2), "the mean over space of a crop's maps is the crop's feature"
 
 
 def test_the_effnet_teacher_is_the_tower_on_the_same_pixels():
