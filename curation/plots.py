@@ -11,6 +11,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 # Okabe and Ito's palette.
 INK, GREY, PALE, BLUE, SKY, ORANGE, GREEN, PURPLE = "#1b1f24", "#5b6470", "#dde3ea", "#0072b2", "#56b4e9", "#d55e00", "#009e73", "#cc79a7"
 SERIES = (BLUE, ORANGE, GREEN, PURPLE, SKY)
+BROWN = "#8c6d31"  # where five are not enough
 
 matplotlib.rcParams["svg.hashsalt"] = "k2"  # the same figure is the same SVG
 matplotlib.rcParams["text.parse_math"] = False  # a $ in a rule's or a column's name is a $
@@ -189,3 +190,174 @@ def sweeps(found: Sequence[dict]) -> Figure:
         label = f"{one['column']} {one['operator']}" + (f"   ({one['rule']})" if one["rule"] else "")
         axis.set_xlabel("\n".join(wrap(label, 70)), color=INK, fontsize=10 if len(label) < 50 else 8)
     return figure
+
+
+def windows(steps: np.ndarray, values: np.ndarray, num: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """A long series in at most `num` windows of neighbours: mean step, 5 %, median, 95 %; without values that are not finite."""
+    good = np.isfinite(values)
+    parts = [part for part in np.array_split(np.flatnonzero(good), min(num, max(int(good.sum()), 1))) if len(part)]
+    rows = [(steps[part].mean(), *np.quantile(values[part], (0.05, 0.5, 0.95))) for part in parts]
+    return tuple(np.array(rows, np.float64).reshape(-1, 4).T)
+
+
+def training_curve(
+    phases: Sequence[tuple[str, np.ndarray, np.ndarray]], checks: Sequence[tuple[np.ndarray, np.ndarray]], ylabel: str
+) -> Figure:
+    """A loss over steps, a colour per phase: its median over windows, pale where nine tenths of the steps lie, and `checks` as rings.
+
+    Args:
+        phases: (label, steps, values) of each, in order.
+        checks: (steps, values) of validation, one entry per phase; empty arrays where there was none.
+    """
+    figure, axis = axes(8, 3.4)
+    total = sum(len(values) for _, values, _ in phases)
+    for i, ((label, steps, values), (at, checked)) in enumerate(zip(phases, checks, strict=True)):
+        colour = SERIES[i % len(SERIES)]
+        # At most forty windows over the run, of a dozen steps at least: the median of few shows the draw of the times, not the loss.
+        middle, low, median, high = windows(steps, values, max(1, min(round(40 * len(values) / total), len(values) // 12)))
+        if len(values) <= 2000:
+            axis.plot(steps, values, ".", color=colour, markersize=3.5, alpha=0.45, rasterized=True, markeredgewidth=0)
+        if len(middle) > 1:
+            axis.fill_between(middle, low, high, color=colour, alpha=0.15, linewidth=0)
+        axis.plot(middle, median, color=colour, linewidth=2, marker="." if len(middle) < 3 else None)
+        axis.plot(at, checked, "o-", color=INK, markerfacecolor="white", markersize=4.5, linewidth=0.8)
+        _phase_name(axis, i, label, steps, colour)
+    _loss_range(axis, [values for _, _, values in phases] + [checked for _, checked in checks])
+    if any(len(at) for at, _ in checks):
+        axis.plot([], [], "o-", color=INK, markerfacecolor="white", markersize=4.5, linewidth=0.8, label="validation")
+        axis.plot([], [], color=GREY, linewidth=2, label="training, median (pale: 5 to 95 %)")
+        axis.legend(frameon=False, fontsize=8.5, loc="upper right", labelcolor=INK)
+    _step_axis(axis)
+    axis.set_ylabel(ylabel, color=INK)
+    return figure
+
+
+def step_map(phases: Sequence[tuple[str, int, np.ndarray, np.ndarray]], label: str) -> Figure:
+    """Loss by time (rows of a map) over steps (columns), mean of windows of rows; grey where nothing was seen.
+
+    Args:
+        phases: (label, the step before its first, steps (N,), values (N, bins)) of each phase; NaN where a bin had no image.
+    """
+    figure, axis = axes(8, 3)
+    total = sum(len(steps) for _, _, steps, _ in phases)
+    edges, columns = [], []
+    for _, start, steps, values in phases:
+        parts = np.array_split(np.arange(len(steps)), min(len(steps), max(1, round(90 * len(steps) / total))))
+        for part in parts:
+            seen = np.isfinite(values[part])
+            sums, counts = np.where(seen, values[part], 0).sum(0), seen.sum(0)
+            columns.append(np.where(counts > 0, sums / np.maximum(counts, 1), np.nan))
+            edges.append(steps[part[0] - 1] if part[0] else start)
+    edges.append(phases[-1][2][-1])
+    grid = np.array(columns).T
+    bins = len(grid)
+    axis.set_facecolor(PALE)
+    known = grid[np.isfinite(grid)]
+    top = float(np.quantile(known, 0.98)) if len(known) else 1.0
+    drawn = axis.pcolormesh(np.array(edges), np.linspace(0, 1, bins + 1), grid, cmap="viridis", vmin=0, vmax=top, rasterized=True)
+    bar = figure.colorbar(drawn, ax=axis, pad=0.01, extend="max")
+    bar.set_label(label, color=INK, fontsize=9)
+    bar.ax.tick_params(labelsize=8, colors=GREY, labelcolor=INK)
+    bar.outline.set_visible(False)
+    for i, (name, start, steps, _) in enumerate(phases):
+        _phase_name(axis, i, name, np.array([start, steps[-1]]), INK)
+    _step_axis(axis)
+    axis.set_ylabel("t (0 clean, 1 noise)", color=INK)
+    return figure
+
+
+def fans(fans: Sequence[tuple[str, Sequence[int], np.ndarray]], ylabel: str) -> Figure:
+    """A value by t at several steps, one pair of axes per phase, early steps pale and the last one strong.
+
+    Args:
+        fans: (phase, steps, values (steps, times)) of each phase.
+    """
+    figure = Figure(figsize=(max(4.2, 3.4 * len(fans)), 3.2), layout="constrained", facecolor="white")
+    for i, (axis, (label, steps, values)) in enumerate(zip(np.atleast_1d(figure.subplots(1, len(fans), sharey=True)), fans, strict=True)):
+        style(axis)
+        t = (np.arange(values.shape[1]) + 0.5) / values.shape[1]
+        chosen = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), 8)).round().astype(int))
+        for rank, j in enumerate(chosen, 1):
+            last = rank == len(chosen)
+            axis.plot(t, values[j], color=SERIES[i % len(SERIES)], alpha=0.15 + 0.85 * rank / len(chosen), linewidth=2.2 if last else 1.2)
+        if len(chosen) > 1:
+            axis.annotate(
+                f"step {number(steps[chosen[0]])}", (t[-1], values[chosen[0]][-1]), color=GREY, fontsize=8.5, ha="right", va="bottom"
+            )
+        axis.annotate(f"step {number(steps[chosen[-1]])}", (t[-1], values[chosen[-1]][-1]), color=INK, fontsize=8.5, ha="right", va="top")
+        axis.set_title(label, color=SERIES[i % len(SERIES)], fontsize=10)
+        axis.set_xlabel("t (0 clean, 1 noise)", color=INK)
+        axis.set_xlim(0, 1)
+        axis.set_ylim(bottom=0)
+        if not i:
+            axis.set_ylabel(ylabel, color=INK)
+    return figure
+
+
+def strands(named: Sequence[tuple[str, np.ndarray, np.ndarray]], ylabel: str, log: bool = False) -> Figure:
+    """Several values over the same steps, medians of windows, each with its name at the right end; names keep a distance."""
+    figure, axis = axes(8, 3.4)
+    colours, ends = (INK, *SERIES, GREY, BROWN), []
+    for i, (name, steps, values) in enumerate(named):
+        middle, _, median, _ = windows(steps, values, 60)
+        if not len(middle):
+            continue
+        axis.plot(middle, median, color=colours[i % len(colours)], linewidth=1.6)
+        ends.append((float(median[-1]), name, colours[i % len(colours)]))
+    if log and all(value > 0 for value, _, _ in ends):
+        axis.set_yscale("log")
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
+    figure.draw_without_rendering()
+    low, high = axis.get_ylim()
+    place = axis.transData + axis.transAxes.inverted()
+    heights: list[float] = []
+    for value, *_ in sorted(ends):
+        height = float(place.transform((0, np.clip(value, low, high)))[1])
+        heights.append(max(height, heights[-1] + 0.075) if heights else height)
+    spill = max(0.0, heights[-1] - 1) if heights else 0.0  # a heap at the top moves down as a whole
+    for (value, name, colour), height in zip(sorted(ends), heights, strict=True):
+        axis.text(1.01, height - spill, f"{name} {number(value)}", transform=axis.transAxes, color=colour, fontsize=8.5, va="center")
+    _step_axis(axis)
+    axis.set_ylabel(ylabel, color=INK)
+    return figure
+
+
+def panels(named: Sequence[tuple[str, Sequence[tuple[np.ndarray, np.ndarray]]]]) -> Figure:
+    """Small charts under one another over the same steps, one per value: (label, a (steps, values) per phase). They start at 0."""
+    figure = Figure(figsize=(8, 0.5 + 1.15 * len(named)), layout="constrained", facecolor="white")
+    for axis, (label, phases) in zip(np.atleast_1d(figure.subplots(len(named), 1, sharex=True)), named, strict=True):
+        style(axis)
+        for i, (steps, values) in enumerate(phases):
+            middle, low, median, high = windows(steps, values, 60)
+            axis.fill_between(middle, low, high, color=SERIES[i % len(SERIES)], alpha=0.15, linewidth=0)
+            axis.plot(middle, median, color=SERIES[i % len(SERIES)], linewidth=1.6, marker="." if len(middle) < 3 else None)
+        axis.set_ylim(0, max(1e-9, axis.get_ylim()[1]))
+        axis.set_ylabel(label, color=INK, fontsize=8.5, rotation=0, ha="right", va="center")
+        axis.yaxis.set_major_locator(MaxNLocator(3))
+    figure.align_ylabels()
+    _step_axis(axis)
+    return figure
+
+
+def _phase_name(axis, i: int, label: str, steps: np.ndarray, colour: str) -> None:
+    """The name of a phase above its steps, and a line where it begins."""
+    height = 1.0 + 0.08 * (i % 2)  # short phases stand close together, so that their names take turns in height
+    axis.annotate(label, ((steps[0] + steps[-1]) / 2, height), xycoords=("data", "axes fraction"), ha="center", va="bottom", color=colour)
+    if i:
+        axis.axvline(steps[0], color=PALE, linewidth=1, zorder=0)
+
+
+def _loss_range(axis, series: Sequence[np.ndarray]) -> None:
+    """The axis from the lowest value to where all but one in two hundred lie: a spike, or the first steps, would flatten the rest."""
+    values = np.concatenate([np.asarray(one, np.float64) for one in series])
+    values = values[np.isfinite(values)]
+    if len(values):
+        low, high = float(values.min()), float(np.quantile(values, 0.995))
+        room = 0.06 * max(high - low, 1e-9)
+        axis.set_ylim(low - room, high + room)
+
+
+def _step_axis(axis) -> None:
+    axis.set_xlabel("step", color=INK)
+    axis.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))

@@ -110,14 +110,23 @@ def write_table(table: pa.Table, path: str | Path, made_by: str, row_group_size:
 
 
 def write_row_groups(
-    tables: Iterable[pa.Table], path: str | Path, schema: pa.Schema, made_by: str, row_group_size: int | None = None
+    tables: Iterable[pa.Table],
+    path: str | Path,
+    schema: pa.Schema,
+    made_by: str,
+    row_group_size: int | None = None,
+    plain: bool = False,
 ) -> None:
-    """Write each table as row groups of one Parquet file, whole or not at all; one table is in memory at a time."""
+    """Write each table as row groups of one Parquet file, whole or not at all; one table is in memory at a time.
+
+    With `plain` values are not compressed, and those of a column and row group lie in one page (k2model.data reads them from there).
+    """
     # Statistics of nullable columns are left out: DuckDB 2.0.0 reads "all values equal" as "no value is null", and then
     # `WHERE error IS NULL` returns the broken rows too (docs/log.md).
     sound = [field.name for field in schema if not field.nullable]
     schema = schema.with_metadata({**(schema.metadata or {}), FINGERPRINT_KEY: made_by.encode()})
     options = {"compression": "zstd", "use_dictionary": False, "write_statistics": sound}
+    options |= {"compression": "none", "data_page_size": 1 << 30} if plain else {}
     with whole_file(path) as file, pq.ParquetWriter(file, schema, **options) as writer:
         for table in tables:
             writer.write_table(table.cast(schema), row_group_size=row_group_size or max(len(table), 1))

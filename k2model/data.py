@@ -6,12 +6,13 @@ A row group of a packed shard is a batch of one bucket. The order of the batches
 
 import io
 import json
+import os
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from threading import Lock
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import fsspec
 import numpy as np
@@ -19,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import simplejpeg
 import torch
+from fsspec.implementations.local import LocalFileSystem
 from PIL import Image
 from torch import Tensor
 
@@ -58,7 +60,7 @@ class Packed:
             policy = self.directory.rstrip("/").rsplit("/", 1)[-1]
             raise ValueError(f"{self.directory} has no dataset.json: nothing is packed there. Run: k2 pack --policy {policy}") from None
         self.groups = self.description["batches"]
-        self._files: OrderedDict[str, tuple[Lock, pq.ParquetFile]] = OrderedDict()  # the last used is last
+        self._files: OrderedDict[str, _Opened] = OrderedDict()  # the last used is last
         self._files_lock = Lock()
 
     @property
@@ -102,7 +104,7 @@ class Packed:
         Raises:
             ValueError: an image cannot be decoded, or is not of its bucket's size; the text names file, row group, row and uid.
         """
-        images = table["image"].combine_chunks()
+        images = _one_chunk(table["image"])
         for row, out in zip(rows, pixels, strict=True):
             try:
                 found = decode_into(memoryview(images[row].as_buffer()).cast("B"), out)
@@ -118,28 +120,24 @@ class Packed:
         """The latents of one row group, float16 (B, 16, H/8, W/8), without padding.
 
         Raises:
-            ValueError: they were not made, or not of this packed set.
+            ValueError: they were not made, or not of these images.
         """
-        return self.latent_rows(group)[0][: group["num_rows"]]
-
-    def latent_rows(self, group: dict) -> tuple[Tensor, list[str]]:
-        """The latents of one row group, float16 (B, 16, H/8, W/8), and their uids; padding too.
-
-        Raises:
-            ValueError: they were not made, or are of another size.
-        """
+        name, shape = f"latents/{group['file']}", (16, group["bucket_height"] // 8, group["bucket_width"] // 8)
         try:
-            table = self._read(f"latents/{group['file']}", group["row_group"], ["uid", "latent"], LATENTS)
+            opened = self._file(name, LATENTS)
         except FileNotFoundError:
-            raise ValueError(f"{self.directory}/latents/{group['file']} is missing. Run k2 pack --latents") from None
-        shape = (len(table), 16, group["bucket_height"] // 8, group["bucket_width"] // 8)
-        values = _contiguous(table["latent"].combine_chunks())
-        if values.nbytes != 2 * np.prod(shape):
-            raise ValueError(
-                f"{self.directory}/latents/{group['file']} row group {group['row_group']} has {values.nbytes} bytes, "
-                f"and float16 {shape} has {2 * np.prod(shape)}. Delete the latents, and run k2 pack --latents again"
-            )
-        return torch.from_numpy(values.view("<f2").reshape(shape)), table["uid"].to_pylist()
+            raise ValueError(f"{self.directory}/{name} is missing. Run k2 pack --latents") from None
+        num_rows, size = group["num_rows"], 2 * int(np.prod(shape))
+        rows = _plain_values(opened, group["row_group"], size)
+        if rows is None:
+            values = _one_chunk(self._read(name, group["row_group"], ["latent"], LATENTS)["latent"])
+            if found := {len(value.as_buffer()) for value in values} - {size}:
+                raise ValueError(
+                    f"{self.directory}/{name} row group {group['row_group']} has latents of {sorted(found)} bytes, and float16 {shape} "
+                    f"has {size}. Delete the latents, and run k2 pack --latents again"
+                )
+            rows = np.frombuffer(b"".join(value.as_buffer() for value in values), np.uint8).reshape(-1, size).copy()
+        return torch.from_numpy(rows.view("<f2")[:num_rows]).unflatten(1, shape)
 
     def place(self, group: dict) -> str:
         """Where a row group lies, for texts."""
@@ -156,29 +154,67 @@ class Packed:
             cursor = Cursor(cursor.epoch + 1, 0)
 
     def _read(self, name: str, row_group: int, columns: Sequence[str], schema: pa.Schema) -> pa.Table:
-        lock, file = self._file(name, schema)
-        with lock:  # Arrow does not promise that one reader serves two threads
-            return file.read_row_group(row_group, columns=list(columns), use_threads=False)
+        opened = self._file(name, schema)
+        with opened.lock:  # Arrow does not promise that one reader serves two threads
+            return opened.parquet.read_row_group(row_group, columns=list(columns), use_threads=False)
 
-    def _file(self, name: str, schema: pa.Schema) -> tuple[Lock, pq.ParquetFile]:
-        """An open Parquet file, kept for the next row group, and what to hold while reading from it."""
+    def _file(self, name: str, schema: pa.Schema) -> "_Opened":
+        """An open Parquet file, kept for the next row group.
+
+        Raises:
+            FileNotFoundError: it is not there.
+            ValueError: it has other columns, or latents of other images than those that are packed.
+        """
         with self._files_lock:
             if name in self._files:
                 self._files.move_to_end(name)
                 return self._files[name]
         path = f"{self.directory}/{name}"
         filesystem, inside = fsspec.core.url_to_fs(path)
-        local = isinstance(filesystem, fsspec.implementations.local.LocalFileSystem)
-        # On the local disk Arrow reads by itself, without Python's lock; not memory-mapped, for there an I/O error kills the process.
-        file = pq.ParquetFile(inside) if local else pq.ParquetFile(filesystem.open(inside, "rb"), pre_buffer=True)
-        if not file.schema_arrow.equals(schema, check_metadata=False):
+        if isinstance(filesystem, LocalFileSystem):
+            # Arrow reads by itself, without Python's lock; not memory-mapped, for there an I/O error kills the process.
+            opened = _Opened(Lock(), pq.ParquetFile(inside), open(inside, "rb"))  # noqa: SIM115
+        else:
+            opened = _Opened(Lock(), pq.ParquetFile(filesystem.open(inside, "rb"), pre_buffer=True), None)
+        if not opened.parquet.schema_arrow.equals(schema, check_metadata=False):
             wanted = "a packed shard (schema.PACKED)" if schema is PACKED else "latents (schema.LATENTS)"
             raise ValueError(f"{path} does not have the columns of {wanted}. Pack again.")
+        if schema is LATENTS:
+            uids = self._read(name.removeprefix("latents/"), 0, ["uid"], PACKED)["uid"]  # a file is written whole: one row group tells
+            if not opened.parquet.read_row_group(0, columns=["uid"])["uid"].equals(uids):
+                raise ValueError(f"{path} has latents of other images than are packed. Delete the latents, and run k2 pack --latents again")
         with self._files_lock:
-            found = self._files.setdefault(name, (Lock(), file))
+            found = self._files.setdefault(name, opened)
             while len(self._files) > OPEN_FILES:
                 self._files.popitem(last=False)
         return found
+
+
+class _Opened(NamedTuple):
+    """An open file of a packed set."""
+
+    lock: Lock
+    parquet: pq.ParquetFile
+    raw: BinaryIO | None  # the same file on the local disk
+
+
+def _plain_values(opened: _Opened, row_group: int, size: int) -> np.ndarray | None:
+    """The latents of a row group straight from the file, uint8 (B, size), each row a view; None where they do not lie one after the other.
+
+    In Parquet's PLAIN encoding a value is its length, int32, and its bytes; without compression, in one page and without nulls they
+    are the end of the column's chunk. Every length is looked at, so a file of another form is not misread. It saves Arrow's two copies.
+    """
+    group = opened.parquet.metadata.row_group(row_group)
+    column = group.column(LATENTS.get_field_index("latent"))
+    length, step = group.num_rows * (size + 4), size + 4
+    if opened.raw is None or column.compression != "UNCOMPRESSED" or column.total_compressed_size < length:
+        return None
+    data = np.empty(length, np.uint8)
+    end = column.data_page_offset + column.total_compressed_size
+    if os.preadv(opened.raw.fileno(), [data], end - length) != length:
+        return None
+    rows = data.reshape(group.num_rows, step)
+    return rows[:, 4:] if (rows[:, :4] == np.frombuffer(np.int32(size).tobytes(), np.uint8)).all() else None
 
 
 def decode_into(data: Any, pixels: np.ndarray) -> tuple[int, int]:
@@ -203,12 +239,9 @@ def decode_into(data: Any, pixels: np.ndarray) -> tuple[int, int]:
     return image.height, image.width
 
 
-def _contiguous(values: pa.BinaryArray) -> np.ndarray:
-    """The bytes of all values of a column without nulls, where they lie."""
-    ends = np.frombuffer(values.buffers()[1], np.int32)[values.offset : values.offset + len(values) + 1]
-    data = np.frombuffer(values.buffers()[2], np.uint8)[ends[0] : ends[-1]]
-    # Arrow calls a buffer read-only although nobody else has it, and PyTorch warns of every array that is.
-    return data if data.flags.writeable else data.copy()
+def _one_chunk(column: pa.ChunkedArray) -> pa.Array:
+    """A column as one array; `combine_chunks` copies even where there is one chunk already."""
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
 def to_pixels(images: Tensor) -> Tensor:

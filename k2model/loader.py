@@ -38,7 +38,7 @@ class Loaded(NamedTuple):
 
 
 class Loader:
-    """An endless iterator of (parts, i): what a rank reads of global batch i, for i = start, start + 1, ...
+    """An iterator of (parts, i): what a rank reads of global batch i, for i = start, start + 1, ...; endless without `stop`.
 
     At most `ahead` global batches beyond the one that was handed out are held or being made. An error (an image that does not
     decode, a file that is gone) is raised where its global batch would have come, with file, row group and row in the text; the
@@ -55,6 +55,7 @@ class Loader:
         threads: that decode, 1 or more. What is read does not depend on it.
         latents: read latents in place of images; no image is decoded.
         max_rows: most images in a part, as in `order.share`.
+        stop: the global batch before which it ends, where the phase does: nothing is decoded for nothing.
 
     Raises:
         ValueError: a number is out of range, or `world` does not fit the order.
@@ -70,6 +71,7 @@ class Loader:
         threads: int = 4,
         latents: bool = False,
         max_rows: int | None = None,
+        stop: int | None = None,
     ):
         if start < 0 or ahead < 1 or threads < 1 or not 0 <= rank < world:
             raise ValueError(
@@ -79,7 +81,7 @@ class Loader:
         self.waited = 0.0
         self._order, self._rank, self._world, self._ahead = order, rank, world, ahead
         self._latents, self._max_rows = latents, max_rows
-        self._next = start  # the next global batch to begin with
+        self._next, self._stop = start, stop  # the next global batch to begin with, and where to end
         self._begun: deque[tuple[int, list[Future[list[_Making]]]]] = deque()
         self._readers = ThreadPoolExecutor(READERS, "k2-read")
         self._decoders = ThreadPoolExecutor(threads, "k2-decode")
@@ -94,10 +96,11 @@ class Loader:
 
     def __next__(self) -> tuple[list[Loaded], int]:
         if not self._begun:
-            raise StopIteration  # closed
+            self.close()
+            raise StopIteration
         try:
             i, reads = self._begun.popleft()
-            while len(self._begun) < self._ahead:
+            for _ in range(self._ahead - len(self._begun)):
                 self._begin()
             clock = time.perf_counter()
             made = [making.finish() for read in reads for making in read.result()]
@@ -122,6 +125,8 @@ class Loader:
         self.close()
 
     def _begin(self) -> None:
+        if self._stop is not None and self._next >= self._stop:
+            return
         parts = self._order.share(self._next, self._rank, self._world, self._max_rows)
         # Parts of one row group follow each other: it is read once.
         reads = [self._readers.submit(self._read, list(mine)) for _, mine in groupby(parts, lambda part: part.group)]
@@ -133,20 +138,20 @@ class Loader:
         packed, group = self._order.sets[parts[0].group.source], self._order.describe(parts[0].group)
         try:
             table = packed.table(group, ["uid", "caption"] if self._latents else ["uid", "caption", "image"])
-            latents, uids = packed.latent_rows(group) if self._latents else (None, None)
+            latents = packed.latents(group) if self._latents else None
         except Exception as error:
             raise ValueError(f"{packed.place(group)} cannot be read: {type(error).__name__}: {error}") from error
-        if self._latents and uids != table["uid"].to_pylist():
-            raise ValueError(
-                f"{packed.place(group)} has other images than its latents. Delete the latents, and run k2 pack --latents again"
-            )
+        texts = [table["caption"].to_pylist(), table["uid"].to_pylist()]
         found = []
         for part in parts:
-            columns = [[column[row].as_py() for row in part.rows] for column in (table["caption"], table["uid"])]
+            columns = [[values[row] for row in part.rows] for values in texts]
             bucket = (group["bucket_height"], group["bucket_width"])
             loaded = Loaded(None, None, *columns, part.num_valid, bucket, part.group)
             if latents is not None:
-                found.append(_Making(loaded._replace(latents=latents[torch.tensor(part.rows)]), None, part, []))
+                mine = (
+                    latents[: len(part.rows)] if part.rows == list(range(len(part.rows))) else latents[part.rows]
+                )  # a copy only if need be
+                found.append(_Making(loaded._replace(latents=mine), None, part, []))
                 continue
             pixels = np.empty((len(part.rows), *bucket, 3), np.uint8)
             count = max(1, part.num_valid)  # the rest are repeats

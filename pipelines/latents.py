@@ -117,7 +117,8 @@ def encoder(place: Path, codec: str, files: dict[str, list[dict]], made_by: str,
             yield pa.table([pa.array(batch.uids), pa.array(values, pa.binary())], schema=LATENTS)
 
     def encode(name: str) -> int:
-        write_row_groups(tables(name), place / "latents" / name, LATENTS, made_by)
+        # zstd takes 8 % off values of a normal distribution, and reading then takes several times as long (bench_loader.py).
+        write_row_groups(tables(name), place / "latents" / name, LATENTS, made_by, plain=True)
         return len(files[name])
 
     return encode

@@ -28,12 +28,19 @@ SAMPLE_GRID = 1400  # pixels
 PER_RULE, PER_GROUP, NUM_GROUPS, NUM_BROKEN, NUM_PACKED = 8, 6, 20, 100, 8
 
 
-def report(run: str) -> int:
-    """Write RUN/report.html, one page that needs no network and no script.
+def report(run: str, step: int | None = None, training: str | None = None, recipe: str | None = None) -> int:
+    """Write RUN/report.html, one page that needs no network and no script; with --step the page of the images of a training step.
 
     Args:
         run: Run folder; annotations are enough, everything else is shown when it is there.
+        step: A step of a training run: writes step-<N>.html and .png there, with source, loss and annotations of its images.
+        training: With --step: the folder of the training run, or its name under RUN/train; default the only one there.
+        recipe: With --step: the recipe, where it is a file of yours (my.py:name); default what the training run says.
     """
+    if step is not None:
+        from pipelines.report_step import report_step  # it loads torch, which the report of a run does without
+
+        return report_step(run, step, training, recipe)
     if not Path(run, "annotations").is_dir():
         raise FileNotFoundError(f"{run} holds no annotations; run `k2 annotate --source ... --out {run}` first")
     page = render(run)

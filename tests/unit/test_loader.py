@@ -15,6 +15,7 @@ from packed_world import landscapes, make_packed
 from PIL import Image
 
 from curation.schema import LATENTS, PACKED
+from curation.shards import write_row_groups
 from k2model import data
 from k2model.data import Packed, decode_into
 from k2model.loader import Loader
@@ -48,17 +49,23 @@ def rewrite(path: Path, change, schema: pa.Schema = PACKED) -> None:
             writer.write_table(pa.Table.from_pylist(rows, schema))
 
 
-def write_latents(place: Path, uid_of=lambda uid: uid) -> None:
-    """Latents whose values name their image."""
-    (place / "latents").mkdir()
+def write_latents(place: Path, uid_of=lambda uid: uid, change=lambda latent: latent, **form) -> None:
+    """Latents whose values name their image; as `k2 pack --latents` writes them, or in another form of Parquet."""
     packed = Packed(place)
+    (place / "latents").mkdir()
     for name in {group["file"] for group in packed.groups}:
-        with pq.ParquetWriter(place / "latents" / name, LATENTS, compression="none") as writer:
-            for group in (group for group in packed.groups if group["file"] == name):
-                uids = packed.table(group, ["uid"])["uid"].to_pylist()
-                shape = (16, group["bucket_height"] // 8, group["bucket_width"] // 8)
-                values = [np.full(shape, int(uid[-3:]), "<f2").tobytes() for uid in uids]
-                writer.write_table(pa.table([pa.array(map(uid_of, uids)), pa.array(values, pa.binary())], schema=LATENTS))
+        tables = []
+        for group in (group for group in packed.groups if group["file"] == name):
+            uids = packed.table(group, ["uid"])["uid"].to_pylist()
+            shape = (16, group["bucket_height"] // 8, group["bucket_width"] // 8)
+            values = [change(np.full(shape, int(uid[-3:]), "<f2").tobytes()) for uid in uids]
+            tables.append(pa.table([pa.array(map(uid_of, uids)), pa.array(values, pa.binary())], schema=LATENTS))
+        if not form:
+            write_row_groups(tables, place / "latents" / name, LATENTS, "x", plain=True)
+            continue
+        with pq.ParquetWriter(place / "latents" / name, LATENTS, **form) as writer:
+            for table in tables:
+                writer.write_table(table)
 
 
 def test_a_broken_image_is_an_error_at_its_own_global_batch(order, place):
@@ -177,15 +184,60 @@ def test_latents_are_read_in_place_of_images_and_no_image_is_decoded(order, plac
             assert part.num_valid == expected.num_valid
 
 
+FORMS = {
+    "plain": {},
+    "zstd": {"compression": "zstd", "use_dictionary": False},
+    "dictionary": {"compression": "none"},
+    "a page per row": {"compression": "none", "use_dictionary": False, "write_batch_size": 1, "data_page_size": 1},
+    "pages of version 2": {"compression": "none", "use_dictionary": False, "data_page_version": "2.0"},
+    "delta": {"compression": "none", "use_dictionary": False, "column_encoding": {"latent": "DELTA_BYTE_ARRAY"}},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_latents_of_every_form_of_parquet_are_read(place, form):
+    write_latents(place, **FORMS[form])
+    packed = Packed(place)
+    for group in packed.groups:
+        uids = packed.table(group, ["uid"])["uid"].to_pylist()
+        latents = packed.latents(group)
+        assert latents.shape == (group["num_rows"], 16, group["bucket_height"] // 8, group["bucket_width"] // 8)
+        assert [latent.unique().tolist() for latent in latents] == [[int(uid[-3:])] for uid in uids[: group["num_rows"]]]
+
+
+def test_what_k2_pack_writes_is_read_without_arrow(place, monkeypatch):
+    write_latents(place)
+    packed = Packed(place)
+    group = packed.groups[0]
+    packed._file(f"latents/{group['file']}", LATENTS)
+    monkeypatch.setattr(Packed, "_read", None)
+    assert packed.latents(group).shape[0] == group["num_rows"]
+
+
 def test_latents_of_another_packing_are_refused(order, place):
     write_latents(place, lambda uid: f"old-{uid}")
-    with Loader(order, latents=True) as loader, pytest.raises(ValueError, match="other images than its latents"):
+    with Loader(order, latents=True) as loader, pytest.raises(ValueError, match="latents of other images than are packed"):
         next(loader)
+
+
+@pytest.mark.parametrize("form", ["plain", "zstd"])
+def test_latents_of_another_size_are_refused(place, form):
+    write_latents(place, change=lambda latent: latent[:-2], **FORMS[form])
+    packed = Packed(place)
+    with pytest.raises(ValueError, match=r"has latents of \[510\] bytes, and float16 \(16, 4, 4\) has 512"):
+        packed.latents(packed.groups[0])
 
 
 def test_latents_that_were_not_made_say_what_to_run(order):
     with Loader(order, latents=True) as loader, pytest.raises(ValueError, match="k2 pack --latents"):
         next(loader)
+
+
+def test_a_phase_ends_where_its_last_global_batch_is(order, monkeypatch):
+    begun, share = [], order.share
+    monkeypatch.setattr(order, "share", lambda i, *given: (begun.append(i), share(i, *given))[1])
+    with Loader(order, start=3, stop=6, ahead=4) as loader:
+        assert [i for _, i in loader] == [3, 4, 5] == begun
 
 
 def test_wrong_numbers_are_refused_at_once(order):
