@@ -68,8 +68,9 @@ class World:
         return self.mesh is None or dist.get_rank() == 0
 
     def stop(self) -> None:
-        """End the process group, if there is one."""
+        """End the process group, if there is one, when all are done with it."""
         if self.mesh is not None:
+            dist.barrier()
             dist.destroy_process_group()
 
 
@@ -165,7 +166,7 @@ def checkpointed(forward: Any, mode: Checkpointing) -> Any:
 def to_float8(model: DiT, precision: Precision, device: torch.device) -> None:
     """Exchange the linears inside the blocks for torchao's, which multiply in float8; the parameters stay as they are.
 
-    float8_tensorwise has one scale per tensor (fastest; FSDP then gathers float8 too), float8_rowwise one per row (closer to bf16).
+    float8_tensorwise has one scale per tensor (fastest), float8_rowwise one per row (closer to bf16).
 
     Raises:
         ValueError: torchao is missing, or the device cannot multiply float8 (H100, H200, L40 and later can).
@@ -239,7 +240,9 @@ def init(model: DiT, seed: int) -> DiT:
 def put(target: Tensor, whole: Tensor) -> None:
     """Write a whole tensor, the same on every rank, into a plain or a sharded one. No communication."""
     if isinstance(target, DTensor):
-        replicated = DTensor.from_local(whole.to(target.device), target.device_mesh, [Replicate()] * target.device_mesh.ndim, run_check=False)
+        replicated = DTensor.from_local(
+            whole.to(target.device), target.device_mesh, [Replicate()] * target.device_mesh.ndim, run_check=False
+        )
         target.copy_(replicated.redistribute(placements=target.placements))
     else:
         target.copy_(whole)
