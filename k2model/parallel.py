@@ -68,8 +68,9 @@ class World:
         return self.mesh is None or dist.get_rank() == 0
 
     def stop(self) -> None:
-        """End the process group, if there is one."""
+        """End the process group, if there is one, when all are done with it."""
         if self.mesh is not None:
+            dist.barrier()
             dist.destroy_process_group()
 
 
@@ -143,6 +144,7 @@ def shard(
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no product-and-sum, and a factor of 1 needs none
     return model.to_empty(device=world.device) if next(model.parameters()).is_meta else model
 
 
@@ -164,7 +166,7 @@ def checkpointed(forward: Any, mode: Checkpointing) -> Any:
 def to_float8(model: DiT, precision: Precision, device: torch.device) -> None:
     """Exchange the linears inside the blocks for torchao's, which multiply in float8; the parameters stay as they are.
 
-    float8_tensorwise has one scale per tensor (fastest; FSDP then gathers float8 too), float8_rowwise one per row (closer to bf16).
+    float8_tensorwise has one scale per tensor (fastest), float8_rowwise one per row (closer to bf16).
 
     Raises:
         ValueError: torchao is missing, or the device cannot multiply float8 (H100, H200, L40 and later can).
@@ -275,16 +277,23 @@ def clip_grad_norm(parameters: Iterable[Tensor], limit: float) -> Tensor:
     As `torch.nn.utils.clip_grad_norm_`, which cannot join gradients that lie on different meshes. A norm that is not finite leaves the
     gradients as they are.
     """
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    groups: dict[Any, list[Tensor]] = {}
-    for gradient in gradients:
-        groups.setdefault((gradient.device_mesh, gradient.placements) if isinstance(gradient, DTensor) else None, []).append(gradient)
-    parts = [whole(torch.nn.utils.get_total_norm(group, foreach=True)) for group in groups.values()]
-    norm = torch.linalg.vector_norm(torch.stack(parts)) if parts else torch.zeros(())
+    groups: dict[Any, list[Tensor]] = {}  # by the process groups over which the pieces of a gradient lie
+    for gradient in (parameter.grad for parameter in parameters if parameter.grad is not None):
+        key, local = (), gradient
+        if isinstance(gradient, DTensor):
+            key = tuple(gradient.device_mesh.get_group(i) for i, place in enumerate(gradient.placements) if not place.is_replicate())
+            local = gradient.to_local()
+        groups.setdefault(key, []).append(local)
+    total = torch.zeros(())
+    for key, pieces in groups.items():
+        square = torch.nn.utils.get_total_norm(pieces).float().square()
+        for over in key:
+            dist.all_reduce(square, group=over)
+        total = total.to(square.device) + square
+    norm = total.sqrt()
     factor = torch.where(norm.isfinite(), torch.clamp(limit / (norm + 1e-6), max=1.0), 1.0)
-    for group in groups.values():
-        locals_ = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in group]
-        torch._foreach_mul_(locals_, factor.to(locals_[0].device))
+    for pieces in groups.values():
+        torch._foreach_mul_(pieces, factor)
     return norm
 
 
