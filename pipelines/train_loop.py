@@ -33,13 +33,14 @@ from pipelines.merge import choose
 from pipelines.metrics import Metrics, read_rows
 from pipelines.pictures import loss_plot
 from pipelines.run_folder import check_description
-from pipelines.survival import Signals, Watchdog
+from pipelines.survival import AGAIN, Signals, Watchdog
 from pipelines.train_recipes import Phase, TrainRecipe
 from pipelines.train_samples import samples
 from pipelines.train_step import Parts, Result, build, train_step
 
 MOST_LOSSES = 64  # images of a batch up to which every image's loss is kept in its row
 VALIDATION_TIMES = 8
+AN_HOUR = 3600.0  # what samples, validation or a checkpoint may take
 
 
 class Span(NamedTuple):
@@ -90,7 +91,7 @@ def run(plan: TrainRecipe, spans: list[Span], place: Path, machine: Machine, bas
         digest: of the base.
 
     Returns:
-        0 when done; 1 when a loss or gradient was not finite, or when a signal asked to stop and a checkpoint was written.
+        0 when done; 1 when a loss or gradient was not finite; AGAIN (75) when a signal asked to end and a checkpoint was written.
     """
     world, total = machine.world, spans[-1].end
     first = world.is_main
@@ -121,9 +122,9 @@ def run(plan: TrainRecipe, spans: list[Span], place: Path, machine: Machine, bas
         job = Job(plan, total, place, machine, base, encode, codec, metrics, signals, watchdog, progress)
         for span in spans:
             if done < span.end:
-                done, stopped = run_phase(job, span, restore(job, span, done), done)
-                if stopped:
-                    return 1
+                done, code = run_phase(job, span, restore(job, span, done), done)
+                if code is not None:
+                    return code
     if first:
         rows = read_rows(place / "metrics.jsonl")
         losses = {span.phase.name: round(float(np.mean([row["loss"] for row in rows[span.start : span.end][-10:]])), 4) for span in spans}
@@ -170,8 +171,8 @@ def restore(job: Job, span: Span, done: int) -> Parts:
     return parts
 
 
-def run_phase(job: Job, span: Span, parts: Parts, done: int) -> tuple[int, bool]:
-    """Steps of one phase from step `done` on; returns the last step, and whether it was stopped before the end."""
+def run_phase(job: Job, span: Span, parts: Parts, done: int) -> tuple[int, int | None]:
+    """Steps of one phase from step `done` on; returns the last step, and the exit code if it was stopped before the end."""
     plan, phase, order, machine = job.plan, span.phase, span.order, job.machine
     world = machine.world
     job.progress.set_description(f"train {phase.name} px")
@@ -179,17 +180,17 @@ def run_phase(job: Job, span: Span, parts: Parts, done: int) -> tuple[int, bool]
         waited, clock = 0.0, time.perf_counter()
         for batches, index in loader:
             lr = phase.lr * optim.warmup_stable_decay(index, phase.steps, phase.warmup, phase.decay)
-            result = train_step(parts, plan, phase, batches, order.num_images(index), done, lr, job.signals.stop)
+            result = train_step(parts, plan, phase, batches, order.num_images(index), done, lr, job.signals.by is not None)
             if not result.finite:
-                if world.is_main:
-                    print(not_finite(span, result, done, index), file=sys.stderr)
-                return done, True
+                print_once(world, not_finite(span, result, done, index))
+                return done, 1
             done += 1
             seconds, waiting = time.perf_counter() - clock, loader.waited - waited
             at_end = done == span.end
             row = row_of(span, result, done, index, lr, seconds, waiting, world)
             if order.held_out and (done % plan.validate_every == 0 or at_end):
-                row["validation"] = validate(job, span, parts)
+                with job.watchdog.allowing(AN_HOUR):
+                    row["validation"] = validate(job, span, parts)
             if job.metrics:
                 job.metrics.write(row)
             job.progress.set_postfix_str(f"loss {result.loss:.3f}", refresh=False)
@@ -198,14 +199,25 @@ def run_phase(job: Job, span: Span, parts: Parts, done: int) -> tuple[int, bool]
                 parts.alignment.tap.remove()
                 parts = parts._replace(alignment=None)
             if done % plan.sample_every == 0 or at_end:
-                show(job, span, parts, done)
+                with job.watchdog.allowing(AN_HOUR):
+                    show(job, span, parts, done)
             if done % plan.checkpoint_every == 0 or at_end or result.stop:
-                save(job, span, parts, done)
-            if at_end or result.stop:
-                return done, not at_end
+                with job.watchdog.allowing(AN_HOUR):
+                    save(job, span, parts, done)
+            if at_end:
+                return done, None
+            if result.stop:
+                print_once(world, f"k2 train: {job.signals.by or 'another process'} asked to end; the checkpoint of step {done} is written")
+                return done, AGAIN
             job.watchdog.beat()
             waited, clock = loader.waited, time.perf_counter()
     raise AssertionError("the loader never ends")
+
+
+def print_once(world: World, text: str) -> None:
+    """To stderr, from one process."""
+    if world.is_main:
+        print(text, file=sys.stderr)
 
 
 def not_finite(span: Span, result: Result, done: int, index: int) -> str:
