@@ -197,13 +197,14 @@ def latest(directory: Path, group: dist.ProcessGroup | None = None) -> Checkpoin
 
 
 def prune(directory: Path, keep_last: int | None, keep_every: int | None = None) -> None:
-    """Delete whole checkpoints but the `keep_last` newest and those at multiples of `keep_every`. None: delete nothing.
+    """Delete whole checkpoints but the `keep_last` newest, those at multiples of `keep_every` and those whose state says `keep`.
+    None: delete nothing.
 
     A folder is renamed before it is emptied, so that what an interrupted deletion leaves is never taken for a checkpoint; the
     next save removes it.
     """
     for old in [] if keep_last is None else _whole(directory)[keep_last:]:
-        if keep_every is None or old.step % keep_every:
+        if not old.state.get("keep") and (keep_every is None or old.step % keep_every):
             rest = _temporary(directory, old.step)
             os.replace(old.directory, rest)
             shutil.rmtree(rest)

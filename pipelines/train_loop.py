@@ -81,6 +81,7 @@ class Job(NamedTuple):
     signals: Signals
     watchdog: Watchdog
     progress: tqdm
+    saver: checkpoint.Saver
 
 
 def run(plan: TrainRecipe, spans: list[Span], place: Path, machine: Machine, base: str | None = None, digest: str | None = None) -> int:
@@ -97,7 +98,7 @@ def run(plan: TrainRecipe, spans: list[Span], place: Path, machine: Machine, bas
     first = world.is_main
     description = describe(plan, spans, digest)
     check_description(place, description, write=False)
-    last = checkpoint.latest(place / "checkpoints")
+    last = checkpoint.latest(place / "checkpoints", world.writers)
     done = before = last.step if last else 0
     if done == total:
         if first:
@@ -119,7 +120,9 @@ def run(plan: TrainRecipe, spans: list[Span], place: Path, machine: Machine, bas
         metrics = stack.enter_context(Metrics(place, done, machine.tensorboard, machine.wandb, {"recipe": plan.name})) if first else None
         signals, watchdog = stack.enter_context(Signals()), stack.enter_context(Watchdog())
         progress = stack.enter_context(tqdm(total=total, initial=done, unit="step", file=sys.stderr, disable=not first))
-        job = Job(plan, total, place, machine, base, encode, codec, metrics, signals, watchdog, progress)
+        saver = checkpoint.Saver(place / "checkpoints", world.writers, plan.keep_last, plan.keep_every or None)
+        stack.callback(saver.wait)
+        job = Job(plan, total, place, machine, base, encode, codec, metrics, signals, watchdog, progress, saver)
         for span in spans:
             if done < span.end:
                 done, code = run_phase(job, span, restore(job, span, done), done)
@@ -158,16 +161,17 @@ def restore(job: Job, span: Span, done: int) -> Parts:
     parts = build(plan, phase, span.order, job.encode, job.codec, job.machine.world, job.base, aligned=done < span.align_end)
     if not done:
         return parts
-    last = checkpoint.latest(job.place / "checkpoints")
+    last = checkpoint.latest(job.place / "checkpoints", job.machine.world.writers)
     assert last and last.step == done, f"the last whole checkpoint in {job.place} is not that of step {done}"
     begins, weights = done == span.start, last
     if begins and phase.merge_last:
         weights = merged(job, phase, done)
-    parts.model.load_state_dict(weights.tensors("lora" if plan.lora else "model"), strict=plan.lora is None)
+    parameters = dict(parts.model.named_parameters())
+    parts.model.load_state_dict(weights.like("lora" if plan.lora else "model", parameters), strict=plan.lora is None)
     if phase.keep_optimizer or not begins:
-        optim.load_optimizer_tensors(parts.model, parts.optimizer, last.tensors("optimizer"))
+        optim.load_optimizer_tensors(parts.model, parts.optimizer, last.like("optimizer", parameters))
     if parts.alignment and not begins:
-        parts.alignment.load(last.tensors("alignment"))
+        parts.alignment.load(last)
     return parts
 
 
@@ -203,7 +207,7 @@ def run_phase(job: Job, span: Span, parts: Parts, done: int) -> tuple[int, int |
                     show(job, span, parts, done)
             if done % plan.checkpoint_every == 0 or at_end or result.stop:
                 with job.watchdog.allowing(AN_HOUR):
-                    save(job, span, parts, done)
+                    save(job, span, parts, done, wait=at_end or result.stop)
             if at_end:
                 return done, None
             if result.stop:
@@ -301,7 +305,7 @@ def show(job: Job, span: Span, parts: Parts, done: int) -> None:
         loss_plot(read_rows(job.place / "metrics.jsonl"), job.place / "loss.png")
 
 
-def save(job: Job, span: Span, parts: Parts, done: int) -> None:
+def save(job: Job, span: Span, parts: Parts, done: int, wait: bool) -> None:
     """A checkpoint: model (or LoRA alone), optimizer, alignment and codec, with the cursor and the description of the run."""
     trained = lora.tensors(parts.model)
     if trained and done == job.total:  # before the last checkpoint, which says that all is done
@@ -315,8 +319,10 @@ def save(job: Job, span: Span, parts: Parts, done: int) -> None:
     if parts.alignment:
         files["alignment"] = parts.alignment.tensors()
     config = json.loads((job.place / "run.json").read_text())
-    job.metrics.sync()  # a checkpoint must not be ahead of its metrics
-    checkpoint.save(job.place / "checkpoints", done, files, {"phase": span.phase.name, "cursor": done - span.start, "config": config})
+    if job.metrics:
+        job.metrics.sync()  # a checkpoint must not be ahead of its metrics
+    state = {"phase": span.phase.name, "cursor": done - span.start, "keep": done == span.end, "config": config}
+    job.saver.save(done, files, state, wait=wait)
 
 
 def merged(job: Job, phase: Phase, done: int) -> checkpoint.Checkpoint:

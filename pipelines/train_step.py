@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_
 
 from k2model import align, flow, lora, optim, parallel
+from k2model.checkpoint import Checkpoint
 from k2model.data import to_pixels
 from k2model.dit import DiT
 from k2model.flops import train_flops
@@ -41,10 +42,11 @@ class Alignment:
             f"optimizer.{name}": tensor for name, tensor in moments.items()
         }
 
-    def load(self, tensors: dict[str, Tensor]) -> None:
+    def load(self, found: Checkpoint) -> None:
         """Put back what `tensors` gave."""
+        owners = {f"{kind}.{name}": p for kind in ("projector", "optimizer") for name, p in self.projector.named_parameters()}
         own: dict[str, dict[str, Tensor]] = {"projector": {}, "optimizer": {}}
-        for full_name, tensor in tensors.items():
+        for full_name, tensor in found.like("alignment", owners).items():
             kind, _, name = full_name.partition(".")
             own[kind][name] = tensor
         self.projector.load_state_dict(own["projector"])
