@@ -1,0 +1,137 @@
+"""One run on two processes, then four, then one, with killed ranks and a SIGTERM: the losses of the run that was never stopped."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from e2e.test_train_phases import recipe, rows, trained
+from packed_world import landscapes, make_packed
+
+from k2model import checkpoint
+from pipelines.survival import AGAIN
+
+TESTS = Path(__file__).parents[1]
+
+# A user's recipe file; the environment says what happens to which rank in which step. A step that sends a signal waits until it is there.
+RECIPE = """
+import os, signal, sys, time
+sys.path.insert(0, {tests!r})
+from e2e.test_train_ranks import plan
+from pipelines import train_loop
+
+whole = train_loop.train_step
+
+def train_step(parts, plan, phase, batches, num_images, step, lr, stop=False):
+    for event in filter(None, os.environ.get("EVENTS", "").split(",")):
+        what, at, rank, attempt = event.split(":")
+        here = (str(step), str(parts.world.rank), os.environ["TORCHELASTIC_RESTART_COUNT"])
+        if (at, rank, attempt) == here and what == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if (at, rank, attempt) == here and what == "term":
+            os.kill(os.getppid(), signal.SIGTERM)  # torchrun, which tells all its processes
+            while not stop:
+                time.sleep(0.01)
+                stop = train_loop.asked.by is not None
+    return whole(parts, plan, phase, batches, num_images, step, lr, stop)
+
+class Signals(train_loop.Signals):
+    def __enter__(self):
+        train_loop.asked = self
+        return super().__enter__()
+
+train_loop.train_step, train_loop.Signals = train_step, Signals
+"""
+
+
+def plan():
+    """Global batches of four row groups; alignment is not in it, sharding is what is tested."""
+    return recipe("ranks", both={"num_groups": 4}, hold_out=1, validate_every=4, keep_last=3)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("run")
+    for size in (32, 48):
+        make_packed(run / "packed" / f"p{size}", landscapes(30, [(size, size), (size, size - 16)], seed=size), size, 3)
+    return run
+
+
+def torchrun(data: Path, out: Path, processes: int, events: str = "", restarts: int = 0) -> int:
+    """The exit code of `torchrun ... -m pipelines.train`."""
+    (data / "plan.py").write_text(RECIPE.format(tests=str(TESTS)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--max-restarts", str(restarts)]
+    command += ["--master-port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", "pipelines.train"]
+    command += ["--data", str(data), "--recipe", f"{data}/plan.py:plan", "--out", str(out), "--device", "cpu", "--threads", "1"]
+    environment = os.environ | {"EVENTS": events, "PYTHONPATH": str(TESTS.parent), "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True)
+    print(ended.stderr[-12000:])
+    return ended.returncode
+
+
+def test_a_run_moves_from_two_processes_to_four_to_one_and_has_the_losses_of_one_process(data, tmp_path, monkeypatch):
+    straight = trained(monkeypatch, data, tmp_path / "straight", plan())
+    out = tmp_path / "moved"
+    # Rank 1 dies before its fourth step; torchrun starts both again from the checkpoint of step 2, and is itself told to end.
+    assert torchrun(data, out, 2, "kill:3:1:0,term:4:0:1", restarts=1) != 0
+    stopped = checkpoint.latest(out / "checkpoints")
+    assert stopped.step == 5, "the step in which SIGTERM came was finished, and its checkpoint written"
+    assert torchrun(data, out, 4, "kill:7:3:0") != 0
+    assert checkpoint.latest(out / "checkpoints").step == 6
+    trained(monkeypatch, data, out, plan())
+    assert len(rows(out)) == len(rows(straight)) == 10
+    for found, expected in zip(rows(out), rows(straight), strict=True):
+        for key in ("loss", "grad_norm"):
+            assert found[key] == pytest.approx(expected[key], rel=1e-5), (key, expected["step"])
+        for key in ("index", "images", "tokens", "lr", "phase", "num_by_t", "num_by_bucket"):
+            assert found[key] == expected[key], (key, expected["step"])
+        if "validation" in expected:
+            assert found["validation"]["by_t"] == pytest.approx(expected["validation"]["by_t"], rel=1e-5)
+    state = json.loads((out / "checkpoints/000010/state.json").read_text())
+    assert (state["cursor"], state["phase"]) == (4, "512")
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_stops_all_before_the_weights_change(data, tmp_path):
+    code = RECIPE + (
+        "\nfrom pipelines import train_step as module\nwhole_loss = module.flow.loss\n"
+        "def loss(velocity, clean, noise):\n"
+        "    each = whole_loss(velocity, clean, noise)\n"
+        "    loss.calls += 1\n"
+        "    return each * float('nan') if loss.calls == 5 and os.environ['RANK'] == '1' else each\n"
+        "loss.calls = 0\nmodule.flow.loss = loss\n"
+    )
+    (data / "broken").mkdir()
+    (data / "broken" / "packed").symlink_to(data / "packed")
+    import e2e.test_train_ranks as module
+
+    whole, module.RECIPE = module.RECIPE, code
+    try:
+        assert torchrun(data / "broken", tmp_path, 2) == 1
+    finally:
+        module.RECIPE = whole
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2], "two parts a step: the fifth is in step 3"
+    assert checkpoint.latest(tmp_path / "checkpoints").step == 2
+
+
+def test_more_processes_than_row_groups_that_do_not_fit_are_refused_in_one_line(data, tmp_path):
+    assert torchrun(data, tmp_path, 3) != 0
+    assert not (tmp_path / "run.json").exists()
+
+
+def test_being_told_to_end_is_an_exit_code_of_its_own(data, tmp_path, monkeypatch):
+    from pipelines import train as verb
+    from pipelines import train_recipes
+    from pipelines.survival import Signals
+
+    monkeypatch.setitem(train_recipes.TRAIN, "ranks", plan)
+    whole = Signals.__enter__
+
+    def asked(self):
+        self.by = "SIGTERM"
+        return whole(self)
+
+    monkeypatch.setattr(Signals, "__enter__", asked)
+    assert verb.train(str(data), "ranks", str(tmp_path), "cpu", threads=1) == AGAIN
+    assert checkpoint.latest(tmp_path / "checkpoints").step == 1
