@@ -298,7 +298,7 @@ def time_features(t: Tensor, dim: int) -> Tensor:
 
 
 def rope_table(config: Config, rows: int, columns: int, device: torch.device) -> Tensor:
-    """Rotations exp(i angle) of image tokens at (0, row, column): (M, 1, head_dim / 2) complex64, angles in float64.
+    """Rotations of image tokens at (0, row, column): (M, 1, head_dim / 2, 2) cosines and sines, angles in float64.
 
     Text lies at (0, 0, 0), where nothing is rotated.
     """
@@ -308,4 +308,4 @@ def rope_table(config: Config, rows: int, columns: int, device: torch.device) ->
         frequencies = config.rope_theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
         angles.append(position.flatten().double()[:, None] * frequencies)
     angle = torch.cat(angles, dim=1)[:, None]
-    return torch.complex(angle.cos().float(), angle.sin().float()).to(device)
+    return torch.stack([angle.cos(), angle.sin()], dim=-1).float().to(device)
