@@ -52,6 +52,8 @@ def pack(text: Tensor, mask: Tensor | None, kernel: Kernel) -> tuple[Tensor, Tok
 def by_segment(q: Tensor, k: Tensor, v: Tensor, tokens: Tokens) -> Tensor:
     """A `Kernel` for every device: PyTorch's fused attention, sample by sample. Needs no mask."""
     if q.device.type == "cpu":
+        if torch.is_autocast_enabled("cpu"):  # as PyTorch's attention does; an update of LoRA leaves float32 behind
+            q, k, v = (x.to(torch.get_autocast_dtype("cpu")) for x in (q, k, v))
         return segments(q, k, v, tokens.rope, tokens.lengths, tokens.image_tokens)[0]
     return each_segment(q, k, v, tokens)
 
@@ -61,7 +63,7 @@ def variable_length(q: Tensor, k: Tensor, v: Tensor, tokens: Tokens) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     q, k, v, order = by_sample(q, k, v, tokens)
-    sizes = torch.bincount(tokens.owner, minlength=len(tokens.lengths)) + tokens.image_tokens
+    sizes = (tokens.owner == torch.arange(len(tokens.lengths), device=q.device)[:, None]).sum(1) + tokens.image_tokens
     ends, longest = F.pad(sizes.cumsum(0), (1, 0)).int(), tokens.image_tokens + tokens.cap
     if tokens.text_read:
         out = varlen_attn(q, k, v, ends, ends, longest, longest, enable_gqa=q.shape[1] != k.shape[1])
