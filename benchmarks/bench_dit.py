@@ -25,7 +25,8 @@ import diffusers
 import torch
 import tyro
 
-from k2model.dit import K2_1B, Config, DiT, by_segment, variable_length
+from k2model.attention import by_segment, variable_length
+from k2model.dit import K2_1B, Config, DiT
 from k2model.flops import train_flops
 from k2model.layouts import diffusers_config
 

@@ -19,10 +19,12 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import simplejpeg
 import tyro
 from loader_peers import BATCH, SHAPE
 from PIL import Image, ImageOps
@@ -30,6 +32,7 @@ from PIL import Image, ImageOps
 from curation.schema import LATENTS, PACKED
 from curation.shards import fingerprint, write_json, write_row_groups
 from curation.shuffle import draws
+from k2model.data import decode_into
 from pipelines.run_folder import commit, versions
 
 SIDE, PER_FILE = 256, 16  # pixels; row groups of a packed file
@@ -84,6 +87,39 @@ def write_packed(place: Path, samples: list[tuple[int, str, bytes]], kind: str) 
     write_json(description | {"num_rows": len(samples), "num_batches": len(batches), "batches": batches}, place / "dataset.json")
 
 
+def decoders(source: Path, rounds: int) -> dict[str, dict[str, int]]:
+    """Images of the source per second of processor time, by decoder, and how many of them have other pixels than Pillow's."""
+    import cv2
+    import torch
+    from torchvision.io import decode_jpeg
+
+    cv2.setNumThreads(1)
+    torch.set_num_threads(1)
+    images, pixels = [path.read_bytes() for path in sorted(source.iterdir())[:500]], np.empty((SIDE, SIDE, 3), np.uint8)
+
+    def ours(data: bytes) -> np.ndarray:
+        decode_into(memoryview(data), pixels)
+        return pixels
+
+    ways = {
+        "pillow": lambda data: np.asarray(Image.open(io.BytesIO(data)).convert("RGB")),
+        "torchvision": lambda data: decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8)).permute(1, 2, 0).numpy(),
+        "opencv": lambda data: cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB),
+        "simplejpeg, fast DCT": lambda data: simplejpeg.decode_jpeg(data, "RGB", True, True),
+        "ours (simplejpeg)": ours,
+    }
+    rates: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            clock = time.process_time()
+            for image in images:
+                way(image)
+            rates[name].append(len(images) / (time.process_time() - clock))
+    found = {name: round(statistics.median(values)) for name, values in rates.items()}
+    others = {name: sum(not np.array_equal(way(image), ways["pillow"](image)) for image in images[:100]) for name, way in ways.items()}
+    return {"rates": found, "other_pixels_than_pillow_of_100": others}
+
+
 def run(python: str, *arguments: str) -> dict:
     """loader_peers.py in a process of its own; its JSON line."""
     environment = os.environ | {
@@ -109,7 +145,14 @@ def main(images: str, peers: str, rounds: int = 3, jpegs: int = 2048, latents: i
         latents: Samples of 32 KiB; a multiple of 32.
         record: Append to benchmarks/results/loader.jsonl.
     """
-    pythons = {"ours": sys.executable, "safetensors": sys.executable, "webdataset": peers, "litdata": peers, "streaming": peers}
+    pythons = {
+        "ours": sys.executable,
+        "processes": sys.executable,
+        "safetensors": sys.executable,
+        "webdataset": peers,
+        "litdata": peers,
+        "streaming": peers,
+    }
     asked = subprocess.run(
         [peers, "-c", "from importlib.metadata import version as v; print(v('webdataset'), v('litdata'), v('mosaicml-streaming'))"],
         capture_output=True,
@@ -118,13 +161,15 @@ def main(images: str, peers: str, rounds: int = 3, jpegs: int = 2048, latents: i
     )
     found_versions = dict(zip(("webdataset", "litdata", "mosaicml-streaming"), asked.stdout.split(), strict=True))
     cases = {"jpeg": [(name, workers, decoder) for workers in (0, 2) for name, decoder in JPEG_RUNS]}
+    cases["jpeg"].append(("processes", 2, "simplejpeg"))
     cases["latent"] = [(name, 0, "none") for name in ("ours", "safetensors", "litdata", "webdataset", "streaming")]
     for kind, count in (("jpeg", jpegs), ("latent", latents)):
         with tempfile.TemporaryDirectory() as place:
             data = Path(place) / kind
             mean_bytes = write_source(images, kind, count, data)
-            for name in dict.fromkeys(name for name, _, _ in cases[kind]):
+            for name in dict.fromkeys(name for name, _, _ in cases[kind] if name != "processes"):
                 run(pythons[name], "write", name, kind, str(data))
+            decoded = decoders(data / "source", rounds) if kind == "jpeg" else None
             results: dict[tuple, list[dict]] = {case: [] for case in cases[kind]}
             for _ in range(rounds):
                 for case, done in results.items():
@@ -147,6 +192,7 @@ def main(images: str, peers: str, rounds: int = 3, jpegs: int = 2048, latents: i
             "rounds": rounds,
             "rows": rows,
         }
+        line |= {"decoded_per_cpu_s": decoded} if decoded else {}
         line |= {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count(), "commit": commit()}
         line["versions"] = versions() | found_versions
         print(json.dumps(line))

@@ -93,6 +93,8 @@ class Litdata:
     """Chunks of 64 MB, shuffled by its StreamingDataset."""
 
     def __init__(self, kind: str, data: Path, workers: int, decoder: str):
+        import torchvision.io  # noqa: F401  before the workers fork, or each of them pays for it
+
         self.place, self.workers = data / "litdata", workers
         self.decoder = "none" if kind == "latent" else decoder
 
@@ -218,7 +220,41 @@ class Ours:
                     yield [int(uid.rpartition("/")[2]) for uid in part.uids], part.captions, part.latents if latents else part.images
 
 
-PEERS = {"ours": Ours, "webdataset": Webdataset, "litdata": Litdata, "streaming": Streaming, "safetensors": Safetensors}
+class Processes:
+    """The same row groups read and decoded by our code in the processes of torch's DataLoader: what threads are weighed against."""
+
+    def __init__(self, kind: str, data: Path, workers: int, decoder: str):
+        self.place, self.workers = data / "packed" / "bench", workers
+
+    def epoch(self, skip: int = 0) -> Iterable:
+        from torch.utils.data import DataLoader
+
+        from k2model.data import Packed
+        from k2model.order import Order
+
+        packed = Packed(self.place)
+        order = Order([packed], [1], 1, SEED)
+        groups = [order.describe(order.group(i)) for i in range(skip, len(packed))]
+
+        class Groups(torch.utils.data.Dataset):
+            def __len__(self) -> int:
+                return len(groups)
+
+            def __getitem__(self, index: int) -> Any:
+                return packed.read(groups[index])
+
+        for batch in DataLoader(Groups(), batch_size=None, num_workers=self.workers, prefetch_factor=4 // self.workers):
+            yield [int(uid.rpartition("/")[2]) for uid in batch.uids], batch.captions, batch.images
+
+
+PEERS = {
+    "processes": Processes,
+    "ours": Ours,
+    "webdataset": Webdataset,
+    "litdata": Litdata,
+    "streaming": Streaming,
+    "safetensors": Safetensors,
+}
 
 
 def processor() -> float:

@@ -11,13 +11,15 @@ caller's business.
 """
 
 import math
-from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from k2model.attention import Kernel, Tokens, by_segment, pack
 
 
 @dataclass(frozen=True)
@@ -106,66 +108,6 @@ class QKNorm(nn.Module):
         self.knorm = RMSNorm(head_dim, eps)
 
 
-class Tokens(NamedTuple):
-    """Where the tokens of a batch are."""
-
-    image_tokens: int  # M, of every sample; 0 where text is alone
-    lengths: list[int]  # valid text tokens of each sample; N in all
-    owner: Tensor  # (N,) the sample of each text token
-    rope: Tensor | None  # of the image tokens, as `rope_table` gives it
-    kernel: "Kernel"
-
-    def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(B * M + N, ...) -> image tokens (B, M, ...) and text tokens (N, ...), as views."""
-        batch = len(self.lengths)
-        image, text = x.split([batch * self.image_tokens, len(self.owner)])  # its backward is one cat; that of two slices fills and adds
-        return image.unflatten(0, (batch, self.image_tokens)), text
-
-    def by_sample(self, image: Tensor, text: Tensor) -> Tensor:
-        """The two parts as one sequence in which each sample's tokens lie together."""
-        if not self.image_tokens:
-            return text
-        return torch.cat([part for pair in zip(image, text.split(self.lengths), strict=True) for part in pair])
-
-    def by_part(self, x: Tensor) -> Tensor:
-        """The inverse: image tokens of all samples, then text tokens of all samples."""
-        if not self.image_tokens:
-            return x
-        parts = x.split([size for length in self.lengths for size in (self.image_tokens, length)])
-        return torch.cat(parts[::2] + parts[1::2])
-
-
-Kernel = Callable[[Tensor, Tensor, Tensor, list[int]], Tensor]
-
-
-def by_segment(q: Tensor, k: Tensor, v: Tensor, sizes: list[int]) -> Tensor:
-    """Attention within each sample: PyTorch's fused kernel per sample, or once where all are of one size. Needs no mask.
-
-    Args:
-        q: (T, heads, head_dim).
-        k: (T, kv_heads, head_dim); each head serves heads / kv_heads queries and is not copied where the kernel can do without.
-        v: as k.
-        sizes: Tokens of each sample, T in all.
-
-    Returns:
-        (T, heads, head_dim).
-    """
-    grouped = q.shape[1] != k.shape[1]
-    if len(set(sizes)) == 1:
-        q, k, v = (x.unflatten(0, (len(sizes), sizes[0])).transpose(1, 2) for x in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped).transpose(1, 2).flatten(0, 1)
-    samples = zip(*(x.transpose(0, 1).split(sizes, 1) for x in (q, k, v)), strict=True)
-    return torch.cat([F.scaled_dot_product_attention(*(x[None] for x in one), enable_gqa=grouped)[0].transpose(0, 1) for one in samples])
-
-
-def variable_length(q: Tensor, k: Tensor, v: Tensor, sizes: list[int]) -> Tensor:
-    """The same in one call of `torch.nn.attention.varlen`, whose kernels are for CUDA in half precision. Not run where it was written."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    ends = torch.tensor([0, *sizes], device=q.device).cumsum(0).int()
-    return varlen_attn(q, k, v, ends, ends, max(sizes), max(sizes), enable_gqa=q.shape[1] != k.shape[1])
-
-
 class Attention(nn.Module):
     """Grouped-query self-attention with QK norm, RoPE and an elementwise sigmoid gate made from the block's input."""
 
@@ -180,25 +122,18 @@ class Attention(nn.Module):
         self.wo = nn.Linear(width, width, bias=False)
 
     def forward(self, x: Tensor, tokens: Tokens | None) -> Tensor:
-        """(T, width), attending within each sample; with None (n, t, width), attending within each of the n."""
-        q, k, v = (linear(x).unflatten(-1, (-1, self.head_dim)) for linear in (self.wq, self.wk, self.wv))
+        """(T, width) to as many rows as are read, attending within each sample; with None (n, t, width), within each of the n."""
+        asked = x if tokens is None or tokens.text_read else tokens.split(x)[0].flatten(0, 1)
+        q, k, v = (linear(y).unflatten(-1, (-1, self.head_dim)) for linear, y in ((self.wq, asked), (self.wk, x), (self.wv, x)))
         q, k = self.qknorm.qnorm(q), self.qknorm.knorm(k)
         if tokens is None:
             q, k, v = (part.transpose(1, 2) for part in (q, k, v))
-            out = F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
+            # A token's taps are few: on a CPU the backward of the fused kernel takes as long as products in fp32, ten times that in bf16.
+            with sdpa_kernel(SDPBackend.MATH) if x.device.type == "cpu" else nullcontext():
+                out = F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
         else:
-            out = attend(q, k, v, tokens)
-        return self.wo(out.flatten(-2) * torch.sigmoid(self.gate(x)))
-
-
-@torch.compiler.disable  # lengths change with every batch: a graph of its own for each would never stop compiling
-def attend(q: Tensor, k: Tensor, v: Tensor, tokens: Tokens) -> Tensor:
-    """RoPE on the image tokens (text is at position 0, where it changes nothing), then the kernel, sample by sample."""
-    (q_image, q_text), (k_image, k_text), (v_image, v_text) = (tokens.split(part) for part in (q, k, v))
-    if tokens.rope is not None:
-        q_image, k_image = rotate(q_image, tokens.rope), rotate(k_image, tokens.rope)
-    q, k, v = tokens.by_sample(q_image, q_text), tokens.by_sample(k_image, k_text), tokens.by_sample(v_image, v_text)
-    return tokens.by_part(tokens.kernel(q, k, v, [tokens.image_tokens + length for length in tokens.lengths]))
+            out = tokens.kernel(q, k, v, tokens)
+        return self.wo(out.flatten(-2) * torch.sigmoid(self.gate(asked)))
 
 
 class SwiGLU(nn.Module):
@@ -247,15 +182,16 @@ class Block(nn.Module):
         self.mlp = SwiGLU(config.width)
 
     def forward(self, image: Tensor, text: Tensor, time: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
-        """Image tokens (B, M, width), text tokens (N, width), time (B, 6 * width)."""
+        """Image tokens (B, M, width), text tokens (N, width; none come out where they are not read), time (B, 6 * width)."""
         pre_scale, pre_shift, pre_gate, post_scale, post_shift, post_gate = (time + self.mod.lin).chunk(6, dim=-1)
-        out = self.attn(modulated(image, text, self.prenorm, pre_scale, pre_shift, tokens), tokens)
-        image, text = gated(image, text, pre_gate, out, tokens)
-        out = self.mlp(modulated(image, text, self.postnorm, post_scale, post_shift, tokens))
-        return gated(image, text, post_gate, out, tokens)
+        out = self.attn(modulated(image, text, self.prenorm, pre_scale, pre_shift, tokens.owner), tokens)
+        owner = tokens.owner if tokens.text_read else tokens.owner[:0]
+        image, text = gated(image, text[: len(owner)], pre_gate, tokens.split(out), owner)
+        out = self.mlp(modulated(image, text, self.postnorm, post_scale, post_shift, owner))
+        return gated(image, text, post_gate, tokens.split(out), owner)
 
 
-def modulated(image: Tensor, text: Tensor, norm: RMSNorm, scale: Tensor, shift: Tensor, tokens: Tokens) -> Tensor:
+def modulated(image: Tensor, text: Tensor, norm: RMSNorm, scale: Tensor, shift: Tensor, owner: Tensor) -> Tensor:
     """(1 + scale) * norm(x) + shift as one sequence (T, width); scale and shift (B, width) are each sample's own.
 
     The norm's multiplier and the sample's are one factor, so that each token is read and written once.
@@ -263,14 +199,13 @@ def modulated(image: Tensor, text: Tensor, norm: RMSNorm, scale: Tensor, shift: 
     factor, shift, dtype = (1 + norm.scale.float()) * (1 + scale.float()), shift.float(), image.dtype
     image, text = (F.rms_norm(x.float(), norm.scale.shape, eps=norm.eps) for x in (image, text))
     image = torch.addcmul(shift[:, None], image, factor[:, None]).flatten(0, 1)
-    text = torch.addcmul(shift[tokens.owner], text, factor[tokens.owner])
+    text = torch.addcmul(shift[owner], text, factor[owner])
     return torch.cat([image, text]).to(dtype)
 
 
-def gated(image: Tensor, text: Tensor, gate: Tensor, out: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
+def gated(image: Tensor, text: Tensor, gate: Tensor, out: tuple[Tensor, Tensor], owner: Tensor) -> tuple[Tensor, Tensor]:
     """x + gate * out, with each sample's own gate (B, width)."""
-    for_image, for_text = tokens.split(out)
-    return image + gate[:, None] * for_image, text + gate[tokens.owner] * for_text
+    return image + gate[:, None] * out[0], text + gate[owner] * out[1]
 
 
 class TextFusion(nn.Module):
@@ -350,16 +285,11 @@ class DiT(nn.Module):
         rows, columns = height // p, width // p
         patches = latents.unflatten(3, (columns, p)).unflatten(2, (rows, p)).permute(0, 2, 4, 1, 3, 5).reshape(batch, rows * columns, -1)
         time = self.tmlp(time_features(t, self.config.time_dim).to(self.tmlp[0].weight.dtype))
-        lengths = [text.shape[1]] * batch if text_mask is None else text_mask.sum(1).tolist()
-        counts = torch.tensor(lengths, device=text.device)
-        owner = torch.arange(batch, device=text.device).repeat_interleave(counts, output_size=sum(lengths))
-        alone = Tokens(0, lengths, owner, None, kernel)
-        tokens = Tokens(rows * columns, lengths, owner, rope_table(self.config, rows, columns, latents.device), kernel)
-
-        words = self.txtmlp(self.txtfusion(text.flatten(0, 1) if text_mask is None else text[text_mask], alone))
-        image, block_time = self.first(patches), self.tproj(time)
-        for block in self.blocks:
-            image, words = block(image, words, block_time, tokens)
+        text, alone = pack(text, text_mask, kernel)
+        tokens = alone._replace(image_tokens=rows * columns, rope=rope_table(self.config, rows, columns, latents.device))
+        words, image, block_time = self.txtmlp(self.txtfusion(text, alone)), self.first(patches), self.tproj(time)
+        for i, block in enumerate(self.blocks, start=1):
+            image, words = block(image, words, block_time, tokens._replace(text_read=i < len(self.blocks)))
         out = self.last(image, time)
         return out.unflatten(2, (channels, p, p)).unflatten(1, (rows, columns)).permute(0, 3, 1, 4, 2, 5).reshape(latents.shape)
 
@@ -372,7 +302,7 @@ def time_features(t: Tensor, dim: int) -> Tensor:
 
 
 def rope_table(config: Config, rows: int, columns: int, device: torch.device) -> Tensor:
-    """Rotations exp(i angle) of image tokens at (0, row, column): (M, 1, head_dim / 2) complex64, angles in float64.
+    """Rotations of image tokens at (0, row, column): (M, 1, head_dim / 2, 2) cosines and sines, angles in float64.
 
     Text lies at (0, 0, 0), where nothing is rotated.
     """
@@ -382,10 +312,4 @@ def rope_table(config: Config, rows: int, columns: int, device: torch.device) ->
         frequencies = config.rope_theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
         angles.append(position.flatten().double()[:, None] * frequencies)
     angle = torch.cat(angles, dim=1)[:, None]
-    return torch.complex(angle.cos().float(), angle.sin().float()).to(device)
-
-
-def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """RoPE on (B, M, heads, head_dim) in float32. Pairs (even, odd) are complex numbers: one product, a seventh of the time of four."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * rope).flatten(-2).to(x.dtype)
+    return torch.stack([angle.cos(), angle.sin()], dim=-1).float().to(device)

@@ -29,6 +29,7 @@ from pipelines.train import curriculum
 COLUMNS = ["uid", "image", "caption", "caption_source", "shard", "key", "source_height", "source_width"]
 COLUMNS += ["crop_top", "crop_left", "crop_height", "crop_width"]
 SHEET_COLUMNS, SHEET_SIDE = 8, 160
+SAID = ("step", "phase", "index", "losses")  # of metrics.jsonl, which the page says by itself
 
 
 def report_step(run: str, step: int, training: str | None = None, recipe: str | None = None) -> int:
@@ -190,14 +191,19 @@ def _of_loss(loss: float | None) -> float:
 
 
 def _tables(annotations: dict[str, dict[str, Any]]) -> Iterator[tuple[str, list[tuple[str, str]]]]:
-    """(stage, [(column, text)]) of the annotations of one image."""
+    """(stage, [(column, text)]) of the annotations of one image; columns without a value are named together at the end."""
     for stage, columns in annotations.items():
-        yield stage, [(name, _text(value)) for name, value in columns.items()]
+        without = [name for name, value in columns.items() if value is None]
+        yield (
+            stage,
+            [(name, _text(value)) for name, value in columns.items() if value is not None]
+            + ([("no value", ", ".join(without))] if without else []),
+        )
 
 
 def _text(value: Any) -> str:
     if isinstance(value, bool) or value is None:
-        return {True: "true", False: "false", None: "none"}[value]
+        return json.dumps(value)
     if isinstance(value, int | float):
         return f"{value:,}" if isinstance(value, int) else f"{value:.6g}"
     return printable(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
@@ -209,6 +215,6 @@ def render(training: str, metrics: dict[str, Any], rows: Sequence[dict[str, Any]
         loader=PackageLoader("pipelines"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"breakable": breakable, "printable": printable, "number": number}
-    facts = [(name, _text(plain(value))) for name, value in metrics.items() if name not in ("step", "phase", "index", "losses")]
+    facts = [(name, _text(plain(value))) for name, value in metrics.items() if name not in SAID]
     groups = len({(row["packed"], row["file"], row["row_group"]) for row in rows})
     return environment.get_template("step.html.j2").render(training=training, metrics=metrics, facts=facts, rows=rows, num_groups=groups)

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from k2model import dit
+from k2model import attention, dit
 from k2model.dit import K2, K2_1B, NANO, Config, DiT
 from k2model.flops import train_flops
 from k2model.layouts import diffusers_config
@@ -110,8 +110,10 @@ def columns_first(config, rows, columns, device, table=dit.rope_table):
 
 MUTATIONS = {
     "rope theta": lambda patch: patch.setattr(Config, "rope_theta", 1e4),
-    "no rope": lambda patch: patch.setattr(dit, "rotate", no_rotation),
-    "rope turned the other way": lambda patch: patch.setattr(dit, "rotate", lambda x, rope, rotate=dit.rotate: rotate(x, rope.conj())),
+    "no rope": lambda patch: patch.setattr(attention, "rotate", no_rotation),
+    "rope turned the other way": lambda patch: patch.setattr(
+        attention, "rotate", lambda x, rope, rotate=attention.rotate: rotate(x, rope * torch.tensor([1, -1]))
+    ),
     "rows for columns": lambda patch: patch.setattr(dit, "rope_table", columns_first),
     "another split of the head over the axes": lambda patch: patch.setattr(
         Config, "rope_dims", property(lambda c: (c.rope_dims_of_k2[0] + 4, c.rope_dims_of_k2[1] - 4, c.rope_dims_of_k2[2]))
@@ -126,7 +128,7 @@ MUTATIONS = {
         torch.nn.functional, "rms_norm", lambda x, s, w=None, eps=0, f=torch.rms_norm: f(x, s, w, 1e-3)
     ),
     "keys of another head": lambda patch: patch.setattr(
-        dit, "by_segment", lambda q, k, v, sizes, f=dit.by_segment: f(q, k.flip(1), v, sizes)
+        dit, "by_segment", lambda q, k, v, tokens, f=dit.by_segment: f(q, k.flip(1), v, tokens)
     ),
     "gelu without tanh": lambda patch: patch.setattr(torch.nn.GELU, "forward", lambda _, x: torch.nn.functional.gelu(x)),
 }

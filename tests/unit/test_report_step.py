@@ -49,7 +49,7 @@ def run(tmp_path, monkeypatch) -> Path:
     write_json({"description": {"recipe": {"name": "mine"}, "packed": {"32": fingerprint}}}, training / "run.json")
     rows = [{"step": i + 1, "phase": "32", "index": i, "loss": 1.5, "lr": 1e-3} for i in range(9)]
     order = Order([Packed(run / "packed/p32")], [1], 1, 0)
-    rows[3]["losses"] = [0.5 + k for k in range(order.num_images(3))]
+    rows[4]["losses"] = [0.5 + k for k in range(order.num_images(4))]
     (training / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 10, "pha')
     (tmp_path / "my.py").write_text(RECIPE)
     monkeypatch.chdir(tmp_path)
@@ -82,17 +82,17 @@ def test_the_images_of_a_step_are_those_that_its_global_batch_holds(run):
 
 
 def test_k2_report_step_writes_lines_a_page_and_a_sheet(run, capsys):
-    code, lines, _ = asked(capsys, run, "--step", "4", "--recipe", "my.py:mine")
+    code, lines, _ = asked(capsys, run, "--step", "5", "--recipe", "my.py:mine")
     expected = Packed(run / "packed/p32")
     order = Order([expected], [1], 1, 0)
-    uids = [uid for group in order.batch(3) for uid in expected.read(order.describe(group)).uids]
+    uids = [uid for group in order.batch(4) for uid in expected.read(order.describe(group)).uids]
     images, made = lines[:-1], lines[-1]
     assert code == 0 and [line["uid"] for line in images] == uids and made["images"] == len(uids)
     assert [line["loss"] for line in images] == [0.5 + k for k in range(len(uids))]
     for line in images:
-        assert line["step"] == 4 and line["annotations"]["basics"] == {"sharpness": int(line["uid"][-3:]) / 8, "vector": "4 bytes"}
+        assert line["step"] == 5 and line["annotations"]["basics"] == {"sharpness": int(line["uid"][-3:]) / 8, "vector": "4 bytes"}
     page = Path(made["page"]).read_text()
-    assert made["page"].endswith("run/train/mine/step-4.html")
+    assert made["page"].endswith("run/train/mine/step-5.html")
     places = [page.index(f'alt="{uid}"') for uid in uids]
     assert places == sorted(places, reverse=True), "the highest loss comes first"
     for line in images:
@@ -111,7 +111,7 @@ def _contained(pixels: np.ndarray) -> np.ndarray:
 def test_every_step_is_found_without_losses_too(run, capsys):
     for step in range(1, 10):
         code, lines, _ = asked(capsys, run, "--step", str(step), "--recipe", "my.py:mine", "--training", "mine")
-        assert code == 0 and (step == 4 or {line["loss"] for line in lines[:-1]} == {None})
+        assert code == 0 and (step == 5 or {line["loss"] for line in lines[:-1]} == {None})
 
 
 def test_an_epoch_of_steps_shows_every_image_once(run):
@@ -138,27 +138,43 @@ def test_hostile_captions_are_text_on_the_page(run, capsys):
     assert "&lt;script&gt;document.title" in page and "<script" not in page and "\u202e" not in page
 
 
+@pytest.mark.parametrize("width", [360, 1200])
+def test_the_page_is_whole_in_a_browser(run, capsys, browser, width):
+    assert asked(capsys, run, "--step", "5", "--recipe", "my.py:mine")[0] == 0
+    page = browser.new_page(viewport={"width": width, "height": 740})
+    asked_for, logged = [], []
+    page.on("request", lambda request: asked_for.append(request.url) if not request.url.startswith("data:") else None)
+    page.on("console", lambda message: logged.append(message.text))
+    page.goto((run / "train/mine/step-5.html").as_uri())
+    assert logged == [] and len(asked_for) == 1
+    assert page.evaluate("[...document.images].every(image => image.naturalWidth > 0)") and page.evaluate("document.images.length") == 3
+    page.locator("summary").first.click()
+    assert page.locator("details dd").first.is_visible()
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    page.close()
+
+
 def test_what_cannot_be_walked_back_says_why(run, capsys):
     mine = ("--recipe", "my.py:mine")
     for arguments, words in (
         (("--step", "10", *mine), "there is no step 10"),
-        (("--step", "4"), "there is no recipe 'mine'"),
-        (("--step", "4", *mine, "--training", "other"), "'other'"),
+        (("--step", "5"), "there is no recipe 'mine'"),
+        (("--step", "5", *mine, "--training", "other"), "'other'"),
     ):
         code, lines, said = asked(capsys, run, *arguments)
         assert (code, lines) == (2, []) and words in said
     metrics = run / "train/mine/metrics.jsonl"
     whole = metrics.read_text()
     metrics.write_text(whole.replace('"losses": [', '"losses": [9, '))
-    assert "losses for" in asked(capsys, run, "--step", "4", *mine)[2]
+    assert "losses for" in asked(capsys, run, "--step", "5", *mine)[2]
     metrics.write_text(whole.replace('"index"', '"cursor"'))
-    assert "has no `index`" in asked(capsys, run, "--step", "4", *mine)[2]
+    assert "has no `index`" in asked(capsys, run, "--step", "5", *mine)[2]
     metrics.write_text(whole.replace('"32"', '"64"'))
-    assert "no phase '64'" in asked(capsys, run, "--step", "4", *mine)[2]
+    assert "no phase '64'" in asked(capsys, run, "--step", "5", *mine)[2]
     metrics.write_text(whole)
     make_packed(run / "packed/p32", world()[:-1], 32, 3)
-    code, lines, said = asked(capsys, run, "--step", "4", *mine)
+    code, lines, said = asked(capsys, run, "--step", "5", *mine)
     assert (code, lines) == (2, []) and "packed anew" in said
     (run / "train/second").mkdir()
     (run / "train/second/metrics.jsonl").write_text("")
-    assert "mine, second" in asked(capsys, run, "--step", "4", *mine)[2]
+    assert "mine, second" in asked(capsys, run, "--step", "5", *mine)[2]

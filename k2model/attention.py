@@ -1,0 +1,214 @@
+"""Attention of a batch without padding: tokens of samples of unequal length, each sample for itself.
+
+`pack` says where the tokens are, a `Kernel` attends: `by_segment` anywhere, `variable_length` on CUDA in half precision.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+
+class Tokens(NamedTuple):
+    """Where the tokens of a batch are: B * M of the images, then N of all captions; T in all."""
+
+    image_tokens: int  # M, of every sample; 0 where text is alone
+    lengths: Tensor  # (B,) valid text tokens of each sample, on the CPU
+    owner: Tensor  # (N,) the sample of each text token
+    rope: Tensor | None  # of the image tokens, as `rope_table` gives it
+    kernel: "Kernel"
+    cap: int  # no sample has more text tokens
+    text_read: bool = True  # whether text is read after the block; after the last it is not
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(T, ...) or (B * M, ...) -> image tokens (B, M, ...) and text tokens (N or 0, ...), as views."""
+        batch = len(self.lengths)
+        images = batch * self.image_tokens
+        image, text = x.split([images, x.shape[0] - images])  # its backward is one cat; that of two slices fills and adds
+        return image.unflatten(0, (batch, self.image_tokens)), text
+
+
+# Attention of q (T or, where text is not read, B * M, heads, head_dim) to k and v (T, kv_heads, head_dim), each sample for itself,
+# with RoPE on the image tokens of q and k; as q. Each head of k serves heads / kv_heads of q.
+Kernel = Callable[[Tensor, Tensor, Tensor, Tokens], Tensor]
+
+
+@torch.compiler.disable  # the one thing whose shape is known only from values: what follows is compiled for any number of tokens
+def pack(text: Tensor, mask: Tensor | None, kernel: Kernel) -> tuple[Tensor, Tokens]:
+    """(B, L, ...) to the valid tokens of all samples (N, ...), and where they are."""
+    batch, cap = text.shape[:2]
+    counts = torch.full((batch,), cap, device=text.device) if mask is None else mask.sum(1)
+    lengths = counts.cpu()
+    owner = torch.arange(batch, device=text.device).repeat_interleave(counts, output_size=int(lengths.sum()))
+    text = text.flatten(0, 1) if mask is None else text[mask]
+    for x in (text, owner):
+        torch._dynamo.maybe_mark_dynamic(x, 0)
+    return text, Tokens(0, lengths, owner, None, kernel, cap)
+
+
+def by_segment(q: Tensor, k: Tensor, v: Tensor, tokens: Tokens) -> Tensor:
+    """A `Kernel` for every device: PyTorch's fused attention, sample by sample. Needs no mask."""
+    if q.device.type == "cpu":
+        if torch.is_autocast_enabled("cpu"):  # as PyTorch's attention does; an update of LoRA leaves float32 behind
+            q, k, v = (x.to(torch.get_autocast_dtype("cpu")) for x in (q, k, v))
+        return segments(q, k, v, tokens.rope, tokens.lengths, tokens.image_tokens)[0]
+    return each_segment(q, k, v, tokens)
+
+
+def variable_length(q: Tensor, k: Tensor, v: Tensor, tokens: Tokens) -> Tensor:
+    """A `Kernel` in one call of `torch.nn.attention.varlen`, for CUDA in half precision. Not run where it was written."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    q, k, v, order = by_sample(q, k, v, tokens)
+    sizes = (tokens.owner == torch.arange(len(tokens.lengths), device=q.device)[:, None]).sum(1) + tokens.image_tokens
+    ends, longest = F.pad(sizes.cumsum(0), (1, 0)).int(), tokens.image_tokens + tokens.cap
+    if tokens.text_read:
+        out = varlen_attn(q, k, v, ends, ends, longest, longest, enable_gqa=q.shape[1] != k.shape[1])
+        return torch.empty_like(out).index_copy(0, order, out)
+    of_images = torch.arange(len(ends), device=q.device, dtype=torch.int32) * tokens.image_tokens
+    return varlen_attn(q, k, v, of_images, ends, tokens.image_tokens, longest, enable_gqa=q.shape[1] != k.shape[1])
+
+
+@torch.compiler.disable  # lengths change with every batch: a graph of its own for each would never stop compiling
+def each_segment(q: Tensor, k: Tensor, v: Tensor, tokens: Tokens) -> Tensor:
+    """`by_segment` of differentiable operators."""
+    q, k, v, order = by_sample(q, k, v, tokens)
+    sizes = (tokens.lengths + tokens.image_tokens).tolist()
+    asked = sizes if tokens.text_read else [tokens.image_tokens] * len(sizes)
+    samples = zip(*(x.transpose(0, 1).split(n, 1) for x, n in ((q, asked), (k, sizes), (v, sizes))), strict=True)
+    grouped = q.shape[1] != k.shape[1]
+    out = torch.cat([F.scaled_dot_product_attention(*(x[None] for x in one), enable_gqa=grouped)[0].transpose(0, 1) for one in samples])
+    return torch.empty_like(out).index_copy(0, order, out) if tokens.text_read else out
+
+
+def by_sample(q: Tensor, k: Tensor, v: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """q and k rotated, all three with each sample's tokens together, and (T,) the token that each place took."""
+    images = torch.arange(len(tokens.lengths), device=q.device).repeat_interleave(tokens.image_tokens)
+    order = torch.cat([images, tokens.owner]).argsort(stable=True)
+    if tokens.rope is not None:
+        parts = [tokens.split(x) for x in (q, k)]
+        q, k = (torch.cat([rotate(image, tokens.rope).flatten(0, 1), text]) for image, text in parts)
+    return q[order] if tokens.text_read else q, k[order], v[order], order
+
+
+def rotate(x: Tensor, rope: Tensor) -> Tensor:
+    """RoPE in float32 on (..., M, heads, head_dim); pairs (even, odd) are complex numbers, `rope` (M, 1, head_dim / 2, 2) their factors."""
+    pairs = x.float().unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():  # which knows no complex numbers, but makes one loop of this
+        (real, imaginary), (cos, sin) = pairs.unbind(-1), rope.unbind(-1)
+        turned = torch.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], dim=-1)
+    else:  # one product takes a seventh of the time of four
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rope))
+    return turned.flatten(-2).to(x.dtype)
+
+
+@torch.library.custom_op("k2::segments", mutates_args=(), device_types="cpu")
+def segments(q: Tensor, k: Tensor, v: Tensor, rope: Tensor | None, lengths: Tensor, image_tokens: int) -> tuple[Tensor, Tensor]:
+    """`by_segment` on a CPU as one operator, so that a compiled model is one graph for all lengths.
+
+    Also gives the log-sum-exp of the scores (rows of q, heads). A sample at a time is gathered, rotated and attended
+    in cache; nothing of the batch's size is moved but the result.
+    """
+    out, normalizer = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
+    for place in places(lengths, image_tokens):
+        found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(take(q, place, rope), take(k, place, rope), take(v, place))
+        put(found[0], out, place)
+        put(found[1][..., None], normalizer[..., None], place)
+    return out, normalizer
+
+
+@torch.library.custom_op("k2::segments_backward", mutates_args=(), device_types="cpu")
+def segments_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    normalizer: Tensor,
+    rope: Tensor | None,
+    lengths: Tensor,
+    image_tokens: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    to_q, to_k, to_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    back = None if rope is None else rope * rope.new_tensor([1, -1])  # the inverse rotation
+    for place in places(lengths, image_tokens):
+        found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            take(grad, place),
+            take(q, place, rope),
+            take(k, place, rope),
+            take(v, place),
+            take(out, place),
+            take(normalizer[..., None], place)[..., 0],
+            0.0,
+            False,
+        )
+        put(found[0], to_q, place, back)
+        put(found[1], to_k, place, back)
+        put(found[2], to_v, place)
+    return to_q, to_k, to_v
+
+
+def places(lengths: Tensor, image_tokens: int) -> list[tuple[slice, slice]]:
+    """Of each sample, the rows of its image and of its text."""
+    ends = (len(lengths) * image_tokens + lengths.cumsum(0)).tolist()
+    return [
+        (slice(i * image_tokens, (i + 1) * image_tokens), slice(end - length, end))
+        for i, (end, length) in enumerate(zip(ends, lengths.tolist(), strict=True))
+    ]
+
+
+def take(x: Tensor, place: tuple[slice, slice], rope: Tensor | None = None) -> Tensor:
+    """Rows of one sample, (1, heads, rows, head_dim); those of the image rotated."""
+    image, text = (x[rows] for rows in place)
+    return torch.cat([image if rope is None else rotate(image, rope), text]).transpose(0, 1)[None]
+
+
+def put(x: Tensor, out: Tensor, place: tuple[slice, slice], rope: Tensor | None = None) -> None:
+    """Write them to their rows of `out`."""
+    image, text = (out[rows] for rows in place)
+    first, second = x[0].transpose(0, 1).split([len(image), len(text)])
+    image.copy_(first if rope is None else rotate(first, rope))
+    text.copy_(second)
+
+
+@segments.register_fake
+def _(q, k, v, rope, lengths, image_tokens):
+    return torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
+
+
+@segments_backward.register_fake
+def _(grad, q, k, v, out, normalizer, rope, lengths, image_tokens):
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def keep(ctx, inputs, output) -> None:
+    q, k, v, rope, lengths, ctx.image_tokens = inputs
+    ctx.save_for_backward(q, k, v, *output, rope, lengths)
+    ctx.set_materialize_grads(False)
+
+
+def backward(ctx, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    return *segments_backward(grad, *ctx.saved_tensors, ctx.image_tokens), None, None, None
+
+
+segments.register_autograd(backward, setup_context=keep)
+
+
+def products(q: Tensor, k: Tensor, lengths: Tensor, image_tokens: int) -> int:
+    """FLOPs of one product of queries and keys."""
+    sizes = lengths + image_tokens
+    asked = sizes if len(q) == len(k) else image_tokens
+    return 2 * int((asked * sizes).sum()) * q.shape[1] * q.shape[2]
+
+
+@register_flop_formula(torch.ops.k2.segments, get_raw=True)
+def _(q, k, v, rope, lengths, image_tokens, out_val=None) -> int:
+    return 2 * products(q, k, lengths, image_tokens)
+
+
+@register_flop_formula(torch.ops.k2.segments_backward, get_raw=True)
+def _(grad, q, k, v, out, normalizer, rope, lengths, image_tokens, out_val=None) -> int:
+    return 5 * products(q, k, lengths, image_tokens)  # the scores once more
