@@ -127,9 +127,15 @@ def test_every_gradient_is_in_the_norm_of_one_part():
         squares[part] += square
         squares["total"] += square
     assert {part: norm.item() for part, norm in norms.items()} == pytest.approx({part: value**0.5 for part, value in squares.items()})
-    wanted = torch.nn.utils.clip_grad_norm_(small := list(small_model().parameters()), 1.0)
-    assert wanted == 0 and not any(parameter.grad is not None for parameter in small)
-    assert norms["total"].item() == pytest.approx(torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9).item(), rel=1e-6)
+    plain = small_model()
+    backward(plain)
+    limit = norms["total"].item() / 3
+    assert norms["total"].item() == pytest.approx(torch.nn.utils.clip_grad_norm_(plain.parameters(), limit).item(), rel=1e-6)
+    optim.clip_gradients(model.parameters(), norms["total"], limit)
+    pairs = zip(model.parameters(), plain.parameters(), strict=True)
+    assert all(torch.allclose(a.grad, b.grad, rtol=1e-5) for a, b in pairs)
+    optim.clip_gradients(model.parameters(), torch.tensor(limit), 2 * limit)
+    assert optim.grad_norms(model)["total"].item() == pytest.approx(limit, rel=1e-4), "a small gradient stays as it is"
     model.blocks[0].attn.wq.weight.grad[0, 0] = float("nan")
     broken = {part for part, norm in optim.grad_norms(model).items() if not norm.isfinite()}
     assert broken == {"block 1", "total"}, "the part of a value that is not finite is named"
@@ -156,6 +162,10 @@ def full_rank(model):
             parameter.grad = distribute_tensor(value, parameter.device_mesh, parameter.placements) if sharded else value
 
 
+def whole(value):
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
 def sharded_steps(rank, world, port, folder):
     """A step of Muon on a model in shards: norms and weights to `folder`."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -168,15 +178,17 @@ def sharded_steps(rank, world, port, folder):
     optimizer = optim.muon(model, 1e-2, 0.01)
     backward(model)  # the same batch on every rank, so that the mean of the gradients is that of one process
     found = {part: norm.item() for part, norm in optim.grad_norms(model).items()}
+    optim.clip_gradients(model.parameters(), torch.tensor(found["total"]), found["total"] / 2)
+    assert optim.grad_norms(model)["total"].item() == pytest.approx(found["total"] / 2, rel=1e-4)
     full_rank(model)
     optimizer.step()
-    weights = {name: optim.whole(value.detach()) for name, value in model.named_parameters()}
-    state = {name: optim.whole(value) for name, value in optim.optimizer_tensors(model, optimizer).items()}
+    weights = {name: whole(value.detach()) for name, value in model.named_parameters()}
+    state = {name: whole(value) for name, value in optim.optimizer_tensors(model, optimizer).items()}
     other = small_model()
     fully_shard(other)
     resumed = optim.muon(other, 1e-2, 0.01)
     optim.load_optimizer_tensors(other, resumed, state)
-    back = {name: optim.whole(value) for name, value in optim.optimizer_tensors(other, resumed).items()}
+    back = {name: whole(value) for name, value in optim.optimizer_tensors(other, resumed).items()}
     assert back.keys() == state.keys() and all(torch.equal(back[name], state[name]) for name in state)
     torch.save((found, weights), f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
@@ -193,6 +205,7 @@ def test_norms_and_muon_are_the_same_in_shards(tmp_path):
     optimizer = optim.muon(model, 1e-2, 0.01)
     backward(model)
     assert norms == pytest.approx({part: norm.item() for part, norm in optim.grad_norms(model).items()}, rel=1e-4) and others == norms
+    optim.clip_gradients(model.parameters(), torch.tensor(norms["total"]), norms["total"] / 2)
     full_rank(model)
     optimizer.step()
     for name, value in model.named_parameters():
