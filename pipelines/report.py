@@ -270,6 +270,7 @@ TRAINING_CHARTS = {  # name: what it shows, and how to read it
     "loss_by_bucket": ("training loss by bucket", "Training loss by bucket (width x height), with its last value."),
     "loss_by_source": ("training loss by source", "Training loss by packed set, with its last value."),
     "grad_norms": ("gradient norm by part", "Norm of the gradient before clipping, of all and of each part of the model."),
+    "align": ("alignment", "Cosine of early image tokens, projected, to those of the teacher, as long as the alignment lasts."),
     "speed": ("speed", "Images per second, share of a step that waits for data, model FLOPs utilisation on valid tokens, memory."),
 }
 
