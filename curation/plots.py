@@ -238,7 +238,7 @@ def step_map(phases: Sequence[tuple[str, int, np.ndarray, np.ndarray]], label: s
     Args:
         phases: (label, the step before its first, steps (N,), values (N, bins)) of each phase; NaN where a bin had no image.
     """
-    figure, axis = axes(8, 3)
+    figure, axis = axes(6.4, 3)
     total = sum(len(steps) for _, _, steps, _ in phases)
     edges, columns = [], []
     for _, start, steps, values in phases:
@@ -278,13 +278,12 @@ def fans(fans: Sequence[tuple[str, Sequence[int], np.ndarray]], ylabel: str) -> 
         t = (np.arange(values.shape[1]) + 0.5) / values.shape[1]
         chosen = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), 8)).round().astype(int))
         for rank, j in enumerate(chosen, 1):
-            last = rank == len(chosen)
-            axis.plot(t, values[j], color=SERIES[i % len(SERIES)], alpha=0.15 + 0.85 * rank / len(chosen), linewidth=2.2 if last else 1.2)
-        if len(chosen) > 1:
-            axis.annotate(
-                f"step {number(steps[chosen[0]])}", (t[-1], values[chosen[0]][-1]), color=GREY, fontsize=8.5, ha="right", va="bottom"
-            )
-        axis.annotate(f"step {number(steps[chosen[-1]])}", (t[-1], values[chosen[-1]][-1]), color=INK, fontsize=8.5, ha="right", va="top")
+            width = 2.2 if rank == len(chosen) else 1.2
+            axis.plot(t, values[j], color=SERIES[i % len(SERIES)], alpha=0.15 + 0.85 * rank / len(chosen), linewidth=width)
+        first, last = values[chosen[0]], values[chosen[-1]]
+        if abs(first[-1] - last[-1]) > 0.1 * values.max():  # else the two names would lie on one another
+            axis.annotate(f"step {number(steps[chosen[0]])}", (t[-1], first[-1]), color=GREY, fontsize=8.5, ha="right", va="bottom")
+        axis.annotate(f"step {number(steps[chosen[-1]])}", (t[-1], last[-1]), color=INK, fontsize=8.5, ha="right", va="top")
         axis.set_title(label, color=SERIES[i % len(SERIES)], fontsize=10)
         axis.set_xlabel("t (0 clean, 1 noise)", color=INK)
         axis.set_xlim(0, 1)
@@ -296,7 +295,7 @@ def fans(fans: Sequence[tuple[str, Sequence[int], np.ndarray]], ylabel: str) -> 
 
 def strands(named: Sequence[tuple[str, np.ndarray, np.ndarray]], ylabel: str, log: bool = False) -> Figure:
     """Several values over the same steps, medians of windows, each with its name at the right end; names keep a distance."""
-    figure, axis = axes(8, 3.4)
+    figure, axis = axes(6.4, 3.2)
     colours, ends = (INK, *SERIES, GREY, BROWN), []
     for i, (name, steps, values) in enumerate(named):
         middle, _, median, _ = windows(steps, values, 60)
@@ -324,7 +323,7 @@ def strands(named: Sequence[tuple[str, np.ndarray, np.ndarray]], ylabel: str, lo
 
 def panels(named: Sequence[tuple[str, Sequence[tuple[np.ndarray, np.ndarray]]]]) -> Figure:
     """Small charts under one another over the same steps, one per value: (label, a (steps, values) per phase). They start at 0."""
-    figure = Figure(figsize=(8, 0.5 + 1.15 * len(named)), layout="constrained", facecolor="white")
+    figure = Figure(figsize=(6.4, 0.5 + 0.95 * len(named)), layout="constrained", facecolor="white")
     for axis, (label, phases) in zip(np.atleast_1d(figure.subplots(len(named), 1, sharex=True)), named, strict=True):
         style(axis)
         for i, (steps, values) in enumerate(phases):

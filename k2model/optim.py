@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils import get_total_norm
@@ -142,21 +143,44 @@ def part_of(name: str, num_blocks: int) -> str:
 def grad_norms(model: nn.Module) -> dict[str, Tensor]:
     """The norm of the gradient of each part of the model, in the model's order, and of all as `total`: float32 () each.
 
-    Every gradient is read once: clip with `torch.nn.utils.clip_grads_with_norm_(parameters, clip, norms["total"])`. Of sharded
-    gradients (DTensor) the norms are those of the whole, the same on all ranks; all ranks have to call it.
+    Every gradient is read once; clip with `clip_gradients(model.parameters(), norms["total"], limit)`. Of sharded gradients (DTensor, on
+    one mesh or several) the norms are those of the whole, the same on all ranks; all ranks have to call it.
     """
-    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.grad is not None]
     num_blocks = 1 + max(
         (int(found[1]) for name, _ in model.named_parameters() if (found := re.match(r"blocks\.(\d+)\.", name))), default=0
     )
-    parts: dict[str, list[Tensor]] = {}
-    for name, parameter in named:
-        parts.setdefault(part_of(name, num_blocks), []).append(parameter.grad)
-    norms = {part: whole(get_total_norm(gradients)) for part, gradients in parts.items()}
-    norms["total"] = torch.linalg.vector_norm(torch.stack(list(norms.values()))) if norms else torch.zeros(())
-    return norms
+    pieces: dict[tuple, dict[str, list[Tensor]]] = {}  # by the process groups over which the pieces of a gradient lie, by part
+    parts: dict[str, None] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            parts[part := part_of(name, num_blocks)] = None
+            over, local = _local(parameter.grad)
+            pieces.setdefault(over, {}).setdefault(part, []).append(local)
+    squares: dict[str, list[Tensor]] = {part: [] for part in parts}
+    for over, found in pieces.items():
+        own = torch.stack([get_total_norm(gradients).float().square() for gradients in found.values()])
+        for group in over:
+            dist.all_reduce(own, group=group)
+        for part, square in zip(found, own.unbind(), strict=True):
+            squares[part].append(square)
+    sums = {part: torch.stack(own).sum() for part, own in squares.items()}
+    total = torch.stack(list(sums.values())).sum().sqrt() if sums else torch.zeros(())
+    return {part: square.sqrt() for part, square in sums.items()} | {"total": total}
 
 
-def whole(value: Tensor) -> Tensor:
-    """A tensor with all of its values on this rank."""
-    return value.full_tensor() if isinstance(value, DTensor) else value
+@torch.no_grad()
+def clip_gradients(parameters: Iterable[Tensor], norm: Tensor, limit: float) -> None:
+    """Scale all gradients, of norm `norm`, so that it is at most `limit`: torch's `clip_grads_with_norm_`, on any meshes."""
+    factor = torch.clamp(limit / (norm + 1e-6), max=1.0)
+    gradients = [_local(parameter.grad)[1] for parameter in parameters if parameter.grad is not None]
+    if gradients:
+        torch._foreach_mul_(gradients, factor.to(gradients[0].device))
+
+
+def _local(gradient: Tensor) -> tuple[tuple[dist.ProcessGroup, ...], Tensor]:
+    """The process groups that share a gradient out, and this rank's piece of it."""
+    if not isinstance(gradient, DTensor):
+        return (), gradient
+    mesh = gradient.device_mesh
+    groups = tuple(mesh.get_group(i) for i, place in enumerate(gradient.placements) if not place.is_replicate())
+    return groups, gradient.to_local()

@@ -28,7 +28,7 @@ def merge(
         last: Of a run: so many checkpoints of its last phase; fewer where it has fewer.
         every: Of a run: take each n-th checkpoint, counted back from the last.
         method: sma all alike, wma the newer the more, ema exponentially so. It matters little.
-        out: The new folder; default RUN/merged/<step>-<method>-<how many>.
+        out: The new folder; default RUN/merged/<method>-<how many>/<step>.
     """
     if last < 1 or every < 1:
         raise ValueError(f"--last {last} and --every {every} must be at least 1")
@@ -39,7 +39,7 @@ def merge(
     note = {"method": method}
     if len(places) == 1 and (places[0] / "checkpoints").is_dir():
         chosen = choose(places[0], last, every)
-        target = Path(out) if out else places[0] / "merged" / f"{chosen[-1].name}-{method}-{len(chosen)}"
+        target = Path(out) if out else places[0] / "merged" / f"{method}-{len(chosen)}" / chosen[-1].name
     else:
         chosen = places
         if out is None:

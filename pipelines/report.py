@@ -17,10 +17,12 @@ from matplotlib.figure import Figure
 from PIL import Image
 from tqdm import tqdm
 
-from curation import explore, plots
+from curation import explore
 from curation.plots import number
 from curation.shards import write_bytes
+from pipelines import train_plots
 from pipelines.cli import call
+from pipelines.metrics import read_rows
 
 DEDUP = ("duplicates", "semantic", "concepts")  # annotations of `k2 dedup`
 THUMBNAIL = 224  # pixels; a page of some hundred pictures stays below 12 MB
@@ -230,47 +232,54 @@ def packed(run: str) -> dict[str, Any]:
 
 
 def training(run: str) -> dict[str, Any]:
-    """Loss curve, phases and sample grids of every training run in the folder."""
+    """Curves, phases and sample grids of every training run in the folder."""
     return {"training": [one for path in sorted(Path(run, "train").glob("*/metrics.jsonl")) if (one := _training(path))]}
 
 
 def _training(metrics: Path) -> dict[str, Any] | None:
-    rows = []
-    for line in metrics.read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:  # a run that is still going writes its last line
-            continue
+    rows = read_rows(metrics)
     if not rows:
         return None
-    phases, name = [], metrics.parent.name
-    for phase in dict.fromkeys(str(row["phase"]) for row in rows):
-        mine = [row for row in rows if str(row["phase"]) == phase]
+    phases, ends = [], {}
+    for name, mine in train_plots.by_phase(rows):
         losses, tenth = [row["loss"] for row in mine], max(1, len(mine) // 10)
+        ends[mine[-1]["step"]] = name
         phases.append(
             {
-                "name": phase,
+                "name": name,
                 "steps": number(len(mine)),
-                "images": number(sum(row["images"] for row in mine)),
-                "seconds": f"{sum(row['images'] / row['images_per_s'] for row in mine if row['images_per_s']):.0f}",
+                "images": number(sum(row.get("images", 0) for row in mine)),
+                "seconds": f"{sum(row['images'] / row['images_per_s'] for row in mine if row.get('images_per_s')):.0f}",
                 "first": f"{np.mean(losses[:tenth]):.3f}",
                 "last": f"{np.mean(losses[-tenth:]):.3f}",
-                "curve": (phase, np.array([row["step"] for row in mine]), np.array(losses)),
             }
         )
-    ends = {max(row["step"] for row in rows if str(row["phase"]) == phase["name"]): phase["name"] for phase in phases}
     grids = sorted(metrics.parent.glob("samples/*.png"))
     grids = [grid for grid in grids if int(grid.stem) in ends] or grids[-1:]
     samples = [{"title": f"step {number(int(grid.stem))}"} | picture(Image.open(grid), SAMPLE_GRID, 85) for grid in grids]
-    figure = plots.curve([phase.pop("curve") for phase in phases], "loss")
     words = "; ".join(f"{phase['name']}: {phase['first']} to {phase['last']}" for phase in phases)
-    return {
-        "name": name,
-        "steps": number(len(rows)),
-        "phases": phases,
-        "samples": samples,
-        "chart": chart(figure, f"training loss, {words}"),
-    }
+    charts = [
+        chart(figure, f"{title}, {words}" if name == "loss" else f"{title} of {metrics.parent.name}") | {"name": name, "caption": caption}
+        for name, figure in train_plots.figures(rows).items()
+        for title, caption in [TRAINING_CHARTS[name]]
+    ]
+    return {"name": metrics.parent.name, "steps": number(len(rows)), "phases": phases, "samples": samples, "charts": charts}
+
+
+TRAINING_CHARTS = {  # name: what it shows, and how to read it
+    "loss": (
+        "training loss",
+        "Dots are steps, the line their median over neighbouring steps, rings the loss on images that are not trained on, at fixed times "
+        "and noise. The loss jumps where a phase with another resolution and timestep shift begins.",
+    ),
+    "loss_by_t": ("training loss by time", "Training loss by time t of the noise, over steps. Grey: no image had this time."),
+    "validation_by_t": ("validation loss by time", "Validation loss by time; early steps pale, the last one strong."),
+    "loss_by_bucket": ("training loss by bucket", "Training loss by bucket (width x height), with its last value."),
+    "loss_by_source": ("training loss by source", "Training loss by packed set, with its last value."),
+    "grad_norms": ("gradient norm by part", "Norm of the gradient before clipping, of all and of each part of the model."),
+    "align": ("alignment", "Cosine of early image tokens, projected, to those of the teacher, as long as the alignment lasts."),
+    "speed": ("speed", "Images per second, share of a step that waits for data, model FLOPs utilisation on valid tokens, memory."),
+}
 
 
 def add_pictures(run: str, context: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from k2model.align import Teacher
 
 TOKEN = 16  # pixels a side of an image token of the DiT
 EFFNET_STRIDE = 32
-MAPS = [depth for depth in compact.DEPTHS if depth not in compact.SPREAD]  # where the compact tower takes means, whose scale it knows
+MAPS = (3, 4)  # the groups of the compact tower's blocks with a place per TOKEN pixels
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,10 @@ class TowerTeacher:
 
     * Siglip squashes the image to its square, as it was trained; its patch tokens after the last norm.
     * EffNet runs over the whole image at about its usual area; its last map, a token per 32 px.
-    * Compact runs over the whole image as it is; the maps of its three deeper places, averaged over each 16 px, less their mean over its
-      training crops and in units of their spread, side by side (512). Without that a constant has a cosine of .98 to the target, and
-      there is nothing to learn. Its channels were made for traces of damage and generation: it is at hand, not the best teacher.
+    * Compact runs over the whole image as it is; the two maps with a place per 16 px, less their mean over its training crops and in
+      units of their spread, side by side (192). Without that a constant has a cosine of .98 to the target, and there is nothing to
+      learn. (The shipped network's last map, of 320 channels, is constant.) Its channels were made for traces of damage and
+      generation: it is at hand, not the best teacher.
     """
 
     tower: Siglip | EffNet | Compact
@@ -143,18 +144,17 @@ def _compact(tower: Compact, device: str | torch.device) -> Teacher:
     network = compact.load(tower.path)
     fold_batch_norm(network)
     network.to(device)
-    first = sum(compact.DEPTHS[depth] for depth in compact.SPREAD)  # the features of MAPS are the last ones
-    mean, spread = network.scale.running_mean[first:], (network.scale.running_var[first:] + network.scale.eps).sqrt()
+    first = sum(channels for depth, channels in compact.DEPTHS.items() if depth < MAPS[0])
+    own = slice(first, first + sum(compact.DEPTHS[depth] for depth in MAPS))
+    mean, spread = network.scale.running_mean[own], (network.scale.running_var[own] + network.scale.eps).sqrt()
 
     @torch.no_grad()
     def tokens(images: Tensor) -> Tensor:
-        grid = images.shape[2] // TOKEN, images.shape[3] // TOKEN
         x, maps = network.stem((images.to(device).float() - 127) / 128), []
-        for depth, group in enumerate(network.blocks):
+        for depth, group in enumerate(network.blocks[: MAPS[-1] + 1]):
             x = group(x)
             if depth in MAPS:
-                # Bilinear keeps the mean over space; the overshoot of a bicubic one is many times the spread of a channel's means.
-                maps.append(F.adaptive_avg_pool2d(x, grid) if x.shape[2] >= grid[0] else F.interpolate(x, grid, mode="bilinear"))
+                maps.append(x)
         return (torch.cat(maps, 1).permute(0, 2, 3, 1) - mean) / spread
 
     return tokens

@@ -66,7 +66,7 @@ def loss_by_t(rows: Sequence[Row]) -> Figure | None:
 
 def validation_by_t(rows: Sequence[Row]) -> Figure | None:
     """Validation loss by time at several steps."""
-    phases = [(name, [row for row in mine if row.get("validation", {}).get("by_t")]) for name, mine in by_phase(rows)]
+    phases = [(name, [row for row in mine if (row.get("validation") or {}).get("by_t")]) for name, mine in by_phase(rows)]
     found = [
         (f"{name} px", [row["step"] for row in mine], np.array([row["validation"]["by_t"] for row in mine], np.float64))
         for name, mine in phases
@@ -102,6 +102,12 @@ def grad_norms(rows: Sequence[Row]) -> Figure | None:
     return plots.strands(whole + parts, "gradient norm", log=True) if whole or parts else None
 
 
+def align(rows: Sequence[Row]) -> Figure | None:
+    """Cosine of the image tokens, projected, to the teacher's, while there is an alignment."""
+    mine = [row for row in rows if row.get("align") is not None]
+    return plots.strands([("cosine", column(mine, "step"), -column(mine, "align"))], "cosine to the teacher") if mine else None
+
+
 def speed(rows: Sequence[Row]) -> Figure | None:
     """Images per second, share of a step that waits for data, MFU and memory, as far as they were written."""
     phases = by_phase(rows)
@@ -120,6 +126,7 @@ PICTURES: dict[str, Callable[[Sequence[Row]], Figure | None]] = {
     "loss_by_bucket": loss_by_kind("loss_by_bucket", "training loss by bucket"),
     "loss_by_source": loss_by_kind("loss_by_source", "training loss by source"),
     "grad_norms": grad_norms,
+    "align": align,
     "speed": speed,
 }
 

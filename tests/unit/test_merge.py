@@ -9,10 +9,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from small_k2 import SMALL, outputs, small_model
 
+from curation.shards import describe
 from k2model import checkpoint, tensor_files
 from k2model.layouts import load_model, open_checkpoint
 from k2model.merge import averaged, merge, weights_of
+from k2model.vae import fit_pca
 from pipelines import merge as verb
+from pipelines.convert import convert
+from pipelines.recipes import k2_nano
+from pipelines.sample import sample
 
 
 def run_of(place, steps, phase="256", config=SMALL, dtype=torch.float32, codec=1.0):
@@ -69,7 +74,7 @@ def test_the_merged_folder_is_read_like_a_checkpoint_and_says_where_it_comes_fro
     run = run_of(tmp_path / "run", [5, 10, 15, 20, 25])
     assert verb.merge((str(run),), last=2, every=2) == 0
     line = json.loads(capsys.readouterr().out)
-    out = run / "merged" / "000025-sma-2"
+    out = run / "merged" / "sma-2" / "000025"
     assert line["out"] == str(out) and [one["step"] for one in line["checkpoints"]] == [15, 25]
     model = load_model(out)
     wanted = (small_model(seed=15).first.weight.double() + small_model(seed=25).first.weight.double()) / 2
@@ -84,6 +89,21 @@ def test_the_merged_folder_is_read_like_a_checkpoint_and_says_where_it_comes_fro
     assert verb.merge((str(run),), last=2, every=2) == 0 and (out / "model.safetensors").stat().st_mtime_ns == stamp
     with pytest.raises(ValueError, match="exists and is not this merge"):
         verb.merge((str(run),), last=3, every=1, out=str(out))
+
+
+def test_pictures_are_made_of_a_merge_and_it_is_converted(tmp_path, monkeypatch):
+    recipe = k2_nano()
+    state = {"phase": "256", "cursor": [0, 1], "config": {"description": {"recipe": describe(replace(recipe, model=SMALL))}}}
+    codec = fit_pca(torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(i)) * 2 - 1 for i in range(8)).tensors()
+    for step in (5, 10):
+        checkpoint.save(tmp_path / "run" / "checkpoints", step, {"model": small_model(seed=step).state_dict(), "vae": codec}, state)
+    assert verb.merge((str(tmp_path / "run"),), method="ema") == 0
+    merged = tmp_path / "run" / "merged" / "ema-2" / "000010"
+    assert sample(str(merged), ("a red square",), out=str(tmp_path / "pictures"), steps=1, size="64x64", device="cpu") == 0
+    assert (tmp_path / "pictures" / "0000-0.png").is_file()
+    assert convert(str(merged), str(tmp_path / "whole.safetensors"), dtype="keep") == 0
+    whole, own = load_file(tmp_path / "whole.safetensors"), load_file(merged / "model.safetensors")
+    assert whole.keys() == own.keys() and all(torch.equal(whole[name], own[name]) for name in own)
 
 
 def test_a_run_gives_whole_checkpoints_of_its_last_phase(tmp_path):

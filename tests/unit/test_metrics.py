@@ -10,6 +10,7 @@ from PIL import Image
 from curation import plots
 from pipelines import train_plots
 from pipelines.metrics import Metrics, cut, read_rows, scalars
+from pipelines.report import TRAINING_CHARTS
 
 needs_tensorboard = pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="tensorboard is not installed")
 needs_wandb = pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed")
@@ -37,6 +38,8 @@ def full_rows(count=240, change=160):
             "data_wait": 0.01,
             "mfu": None,
             "memory_gib": 3.0,
+            "align": -i / change if first else None,
+            "validation": None,
         }
         if i % 10 == 0:
             one |= {
@@ -128,7 +131,7 @@ def test_a_missing_package_is_named_before_anything_is_cut(tmp_path, monkeypatch
 
 def test_every_picture_is_made_of_full_rows(tmp_path):
     names = train_plots.write(full_rows(), tmp_path)
-    assert names == ["loss", "loss_by_t", "validation_by_t", "loss_by_bucket", "grad_norms", "speed"]
+    assert names == ["loss", "loss_by_t", "validation_by_t", "loss_by_bucket", "grad_norms", "align", "speed"]
     assert all(Image.open(tmp_path / f"{name}.png").size[0] > 400 for name in names)
 
 
@@ -137,7 +140,7 @@ def test_rows_of_old_runs_and_of_a_first_step_make_the_pictures_they_can():
     assert list(train_plots.figures(old)) == ["loss", "grad_norms", "speed"]
     assert list(train_plots.figures([{"step": 1, "phase": "256", "loss": 1.0}])) == ["loss"]
     assert train_plots.figures([]) == {}
-    assert list(train_plots.figures(full_rows(1))) == ["loss", "grad_norms", "speed"]
+    assert list(train_plots.figures(full_rows(1))) == ["loss", "grad_norms", "align", "speed"]
     assert "loss_by_t" in train_plots.figures(full_rows(10)), "one row of a map is a map"
 
 
@@ -162,6 +165,10 @@ def test_the_map_places_each_mean_at_its_steps_and_times():
     assert list(edges) == [0, 10, 20, 30], "a row is of the steps since the one before it"
     values = np.ma.filled(mesh.get_array(), np.nan).reshape(3, 3)
     assert np.isnan(values[0]).all() and list(values[1]) == [10, 20, 30] and list(values[2]) == [2, 2, 2]
+
+
+def test_the_page_explains_every_picture():
+    assert TRAINING_CHARTS.keys() == train_plots.PICTURES.keys()
 
 
 def test_a_long_run_is_drawn_in_windows():

@@ -39,7 +39,7 @@ def test_the_compact_teacher_has_the_features_of_its_tower():
     images = picture(128, 128)
     wanted = compact.load()(images.float())
     found = TowerTeacher(Compact()).load("cpu")(images).mean((1, 2))
-    assert torch.allclose(found, wanted[:, 64:], atol=1e-2), "the mean over space of a crop's maps is the crop's feature"
+    assert torch.allclose(found, wanted[:, 64:256], atol=1e-4), "the mean over space of a crop's maps is the crop's feature"
 
 
 def test_the_effnet_teacher_is_the_tower_on_the_same_pixels():
