@@ -34,16 +34,15 @@ Precision = Literal["fp32", "bf16", "float8_tensorwise", "float8_rowwise"]
 # What selective checkpointing keeps of a block: matrix products and attention, which are dear to compute again. Norms, gates and
 # rotations, most of the bytes, are computed twice.
 KEPT = {
-    getattr(torch.ops.aten, name).default
-    for name in (
-        "mm",
-        "addmm",
-        "_scaled_mm",
-        "_scaled_dot_product_flash_attention",
-        "_scaled_dot_product_efficient_attention",
-        "_scaled_dot_product_cudnn_attention",
-        "_scaled_dot_product_flash_attention_for_cpu",
-    )
+    "aten.mm",
+    "aten.addmm",
+    "aten._scaled_mm",
+    "aten._scaled_dot_product_flash_attention",
+    "aten._scaled_dot_product_efficient_attention",
+    "aten._scaled_dot_product_cudnn_attention",
+    "aten._scaled_dot_product_flash_attention_for_cpu",
+    "torch_attn._varlen_attn",
+    "k2.segments",
 }
 
 
@@ -155,12 +154,16 @@ def checkpointed(forward: Any, mode: Checkpointing) -> Any:
     """
 
     def decide(context: Any, operator: Any, *_: Any, **__: Any) -> CheckpointPolicy:
-        return CheckpointPolicy.MUST_SAVE if operator in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+        return CheckpointPolicy.MUST_SAVE if str(operator).removesuffix(".default") in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
 
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # the model draws no random numbers
     if mode == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, decide)
-    return partial(checkpoint, forward, **options)
+
+    def twice(*inputs: Any) -> Any:  # a partial would be left out by torch.compile, without a word
+        return checkpoint(forward, *inputs, **options)
+
+    return twice
 
 
 def to_float8(model: DiT, precision: Precision, device: torch.device) -> None:
