@@ -107,28 +107,6 @@ def histogram(values: np.ndarray, name: str, thresholds: Sequence[tuple[str, str
     return figure
 
 
-def curve(phases: Sequence[tuple[str, np.ndarray, np.ndarray]], ylabel: str) -> Figure:
-    """A value over training steps, one colour per phase, raw points pale and their running median strong."""
-    figure, axis = axes(7.5, 3)
-    for i, (label, steps, values) in enumerate(phases):
-        colour = SERIES[i % len(SERIES)]
-        axis.plot(steps, values, ".", color=colour, markersize=3, alpha=0.35)
-        reach = max(1, len(values) // 20)
-        smooth = [np.median(values[max(0, j - reach) : j + reach + 1]) for j in range(len(values))]
-        axis.plot(steps, smooth, color=colour, linewidth=2)
-        height = 1.0 + 0.09 * (i % 2)  # short phases stand close together, so that their names take turns in height
-        axis.annotate(label, (steps[len(steps) // 2], height), xycoords=("data", "axes fraction"), ha="center", va="bottom", color=colour)
-        if i:
-            axis.axvline(steps[0], color=PALE, linewidth=1, zorder=0)
-    if phases:
-        axis.annotate(f" {number(round(float(smooth[-1]), 3))}", (phases[-1][1][-1], smooth[-1]), color=INK, fontsize=9, va="center")
-    axis.set_xlabel("step", color=INK)
-    axis.set_ylabel(ylabel, color=INK)
-    axis.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
-    return figure
-
-
 def overlaps(names: Sequence[str], together: np.ndarray) -> Figure:
     """How many images two rules remove together; the diagonal is what each removes. `together` is int (rules, rules)."""
     figure, axis = axes(1.8 + 0.62 * len(names), 1.2 + 0.5 * len(names))

@@ -45,7 +45,7 @@ def validation_sums(velocity: Velocity, batches: Iterable[Held], num_times: int,
             noise = fixed_noise(seed, held.uids, i, tuple(held.clean.shape[1:])).to(held.clean.device)
             t = torch.full((len(held.uids),), time, device=held.clean.device)
             predicted = velocity(flow.noisy(held.clean, noise, t), t, held.text, held.mask)
-            found.append(image_losses(predicted, held.clean, noise)[: held.num_valid].double().sum())
+            found.append(flow.loss(predicted, held.clean, noise)[: held.num_valid].double().sum())
         sums[0] += torch.stack(found).cpu()  # once a batch: the device is not waited for in between
         sums[1] += held.num_valid
     return sums
@@ -55,11 +55,6 @@ def fixed_noise(seed: int, uids: Sequence[str], time: int, shape: tuple[int, ...
     """Standard normal noise (B, *shape) of images at the `time`-th of the fixed times, made on the CPU."""
     generators = [torch.Generator().manual_seed(flow.number(seed, "validation", uid, time)) for uid in uids]
     return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
-
-
-def image_losses(velocity: Tensor, clean: Tensor, noise: Tensor) -> Tensor:
-    """Each image's mean square error of the velocity, (B,) float32: of a full batch their mean is `flow.loss`."""
-    return (velocity.float() - (noise - clean)).square().mean((1, 2, 3))
 
 
 def losses(sums: Tensor) -> dict[str, Any]:

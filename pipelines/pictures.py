@@ -1,16 +1,13 @@
-"""Pictures of a training run: the sample grid and the loss curve, as PNG files."""
+"""The sample grid of a training run, as a PNG file."""
 
 import io
 import textwrap
 from collections.abc import Mapping, Sequence
-from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from curation.plots import curve
 from curation.shards import write_bytes
 
 MARGIN = 12
@@ -50,16 +47,4 @@ def sample_grid(rows: Mapping[str, np.ndarray], captions: Sequence[str], title: 
         pen.multiline_text((MARGIN + c * (cell_w + MARGIN), line + MARGIN + len(rows) * row_h), text, "black", font)
     buffer = io.BytesIO()
     canvas.save(buffer, "PNG")
-    write_bytes(buffer.getvalue(), path)
-
-
-def loss_plot(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """The loss over steps, a colour per phase. Rows are those of metrics.jsonl, in order."""
-    phases = [
-        (f"{name} px", np.array([row["step"] for row in rows]), np.array([row["loss"] for row in rows]))
-        for name, group in groupby(metrics, key=lambda row: row["phase"])
-        if (rows := list(group))
-    ]
-    buffer = io.BytesIO()
-    curve(phases, "loss (velocity, mean square)").savefig(buffer, format="png", dpi=110)
     write_bytes(buffer.getvalue(), path)

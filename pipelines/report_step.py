@@ -22,9 +22,9 @@ from curation.printable import printable
 from curation.shards import write_bytes
 from k2model.order import Order
 from pipelines import recipes
-from pipelines.recipes import TrainRecipe
 from pipelines.report import breakable, picture
 from pipelines.train import curriculum
+from pipelines.train_recipes import TRAIN, TrainRecipe
 
 COLUMNS = ["uid", "image", "caption", "caption_source", "shard", "key", "source_height", "source_width"]
 COLUMNS += ["crop_top", "crop_left", "crop_height", "crop_width"]
@@ -89,17 +89,17 @@ def order_of(run: str, place: Path, recipe: str | None, phase: str) -> Order:
         ValueError: the packed set is not the one that was trained on, or the recipe has no such phase.
     """
     description = json.loads((place / "run.json").read_text())["description"]
-    plan: TrainRecipe = recipes.find(recipe or description["recipe"]["name"], recipes.TRAIN)
-    span = next((span for span in curriculum(plan, run) if str(span.phase.name) == str(phase)), None)
+    plan: TrainRecipe = recipes.find(recipe or description["recipe"]["name"], TRAIN)
+    span = next((span for span in curriculum(plan, run) if span.phase.name == phase), None)
     if span is None:
         raise ValueError(f"recipe {plan.name} has no phase {phase!r}; give the recipe that was trained with --recipe my.py:name")
-    trained = description["packed"][span.phase.name]
-    if trained != span.packed.fingerprint:
-        raise ValueError(
-            f"{span.packed.directory} was packed anew since step 1: its fingerprint is {span.packed.fingerprint}, and {place} was trained "
-            f"on {trained}. Pack again with the selection of then, which gives the same bytes"
-        )
-    return Order([span.packed], [1.0], 1, plan.seed)
+    for packed, trained in zip(span.order.sets, description["packed"][phase], strict=True):
+        if trained != packed.fingerprint:
+            raise ValueError(
+                f"{packed.directory} was packed anew since step 1: its fingerprint is {packed.fingerprint}, and {place} was trained "
+                f"on {trained}. Pack again with the selection of then, which gives the same bytes"
+            )
+    return span.order
 
 
 def step_images(order: Order, index: int) -> list[dict[str, Any]]:

@@ -28,10 +28,10 @@ from k2model.order import Order
 from k2model.parallel import World
 from k2model.text import Encode
 from k2model.vae import Pca, fit_pca, load_pca
+from pipelines import train_plots
 from pipelines.latents import check_latents
 from pipelines.merge import choose
 from pipelines.metrics import Metrics, read_rows
-from pipelines.pictures import loss_plot
 from pipelines.run_folder import check_description
 from pipelines.survival import AGAIN, Signals, Watchdog
 from pipelines.train_recipes import Phase, TrainRecipe
@@ -180,7 +180,9 @@ def run_phase(job: Job, span: Span, parts: Parts, done: int) -> tuple[int, int |
     plan, phase, order, machine = job.plan, span.phase, span.order, job.machine
     world = machine.world
     job.progress.set_description(f"train {phase.name} px")
-    with Loader(order, world.rank, world.size, done - span.start, 2, machine.threads, plan.latents, machine.max_rows) as loader:
+    with Loader(
+        order, world.rank, world.size, done - span.start, 2, machine.threads, plan.latents, machine.max_rows, phase.steps
+    ) as loader:
         waited, clock = 0.0, time.perf_counter()
         for batches, index in loader:
             lr = phase.lr * optim.warmup_stable_decay(index, phase.steps, phase.warmup, phase.decay)
@@ -302,7 +304,7 @@ def show(job: Job, span: Span, parts: Parts, done: int) -> None:
     samples(parts, job.plan, span.phase, span.order.sets[0], path, f"step {done}, {span.phase.name} px")
     if job.metrics:
         job.metrics.picture("samples", done, path)
-        loss_plot(read_rows(job.place / "metrics.jsonl"), job.place / "loss.png")
+        train_plots.write(read_rows(job.place / "metrics.jsonl"), job.place)
 
 
 def save(job: Job, span: Span, parts: Parts, done: int, wait: bool) -> None:

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grads_with_norm_
 
 from k2model import align, flow, lora, optim, parallel
 from k2model.checkpoint import Checkpoint
@@ -162,7 +161,7 @@ def train_step(
     found, by_part = sums.tolist(), {name: float(norm) for name, norm in norms.items()}
     result = Result(found[0], found[1] if alignment else None, by_part, int(found[2]), found[3], found[4] > 0, parts.ledger.read(), losses)
     if result.finite:
-        clip_grads_with_norm_(parts.model.parameters(), plan.clip, norms["total"])
+        optim.clip_gradients(parts.model.parameters(), norms["total"], plan.clip)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr

@@ -57,7 +57,8 @@ def identity(place: Path) -> dict[str, Any]:
 def _trained(place: Path, device: torch.device, dtype: torch.dtype) -> Opened:
     """The last whole checkpoint of a training run, or the one that was named."""
     if (place / "state.json").exists():
-        found = checkpoint.Checkpoint(int(place.name), json.loads((place / "state.json").read_text()), place)
+        state = json.loads((place / "state.json").read_text())
+        found = checkpoint.Checkpoint(state["step"], state, place)
     else:
         found = checkpoint.latest(place / "checkpoints")
     if found is None:

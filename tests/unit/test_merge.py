@@ -16,8 +16,8 @@ from k2model.merge import averaged, merge, weights_of
 from k2model.vae import fit_pca
 from pipelines import merge as verb
 from pipelines.convert import convert
-from pipelines.recipes import k2_nano
 from pipelines.sample import sample
+from pipelines.train_recipes import k2_nano
 
 
 def run_of(place, steps, phase="256", config=SMALL, dtype=torch.float32, codec=1.0):

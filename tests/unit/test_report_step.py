@@ -21,7 +21,7 @@ RECIPE = """
 from k2model.dit import NANO
 from k2model.text import HashText
 from k2model.vae import Pca
-from pipelines.recipes import Phase, TrainRecipe
+from pipelines.train_recipes import Phase, TrainRecipe
 
 phase = Phase("32", "p32", 32, steps=9, lr=1e-3, warmup=1, decay=1, mu=0.5, num_samples=1)
 mine = TrainRecipe("mine", NANO, HashText(), Pca(), (phase,), 4)
@@ -46,7 +46,7 @@ def run(tmp_path, monkeypatch) -> Path:
     )
     training = run / "train/mine"
     fingerprint = Packed(run / "packed/p32").fingerprint
-    write_json({"description": {"recipe": {"name": "mine"}, "packed": {"32": fingerprint}}}, training / "run.json")
+    write_json({"description": {"recipe": {"name": "mine"}, "packed": {"32": [fingerprint]}}}, training / "run.json")
     rows = [{"step": i + 1, "phase": "32", "index": i, "loss": 1.5, "lr": 1e-3} for i in range(9)]
     order = Order([Packed(run / "packed/p32")], [1], 1, 0)
     rows[4]["losses"] = [0.5 + k for k in range(order.num_images(4))]
