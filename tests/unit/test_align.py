@@ -125,7 +125,7 @@ def test_alignment_is_learned_and_goes_on_from_its_state_exactly():
         optimizer.zero_grad(), other.zero_grad()
         value.backward()
         optimizer.step(), other.step()
-        return float(value)
+        return value.item()
 
     straight = start()
     values = [step(*straight) for _ in range(12)]
