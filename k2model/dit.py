@@ -275,7 +275,7 @@ class DiT(nn.Module):
             text_mask: (B, L) bool, True for valid tokens (at least one per sample); None when all are valid. What is not valid
                 is left out before anything is computed, and text has no positions, so neither number, place nor content of
                 padding changes the result.
-            kernel: Attention: `by_segment` anywhere, `variable_length` on CUDA in half precision.
+            kernel: Attention: `by_segment` anywhere; on CUDA also `variable_length` in half precision, `flexible` in a compiled model.
 
         Returns:
             (B, channels, H, W) velocity.
