@@ -3,7 +3,7 @@
 Text has no positions in the model, and a padded token is never read, so leaving padding out is exact: of the released layout, which
 pads text to 512 tokens, half of the work at 256 px is padding. A batch is a rectangle of image tokens (B, M) and the N valid text tokens
 of all samples one after the other; every matrix product runs on the B * M + N tokens at once, attention on each sample's own.
-After the last block nothing reads the text, so that block computes none: the same numbers, 1 to 4 % less work.
+After the last block nothing reads the text, so that block computes none: the same numbers, 1 to 3 % less work.
 
 The state dict *is* the released file: the same names and shapes (`blocks.3.attn.wq.weight`, `txtfusion...`), so that
 export is `safetensors.save_file` and the released weights load with `load_state_dict`. Architecture after the public
