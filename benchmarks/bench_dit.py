@@ -4,7 +4,7 @@
 
 Both have the same weights' shapes, the same inputs and a key mask where captions are padded; a step is forward, mean squared error and
 backward. Cases: all captions full, lengths varied under a cap of 64, and the released proportions (cap 512, 40 to 200 valid tokens).
-`floor` is the packed step's FLOPs at the rate of one large product of the same dtype: what no implementation can beat.
+`floor` is the packed step's FLOPs (the last block's text counted, which ours leaves out) at the rate of one large product of the dtype.
 Rounds are interleaved in one process; peak memory is of one step in a process of its own. Read ratios, not seconds.
 On CUDA the image tokens are 256, 1,024 and 4,096 and MFU is over the measured rate of a product; that path has not been run by its authors.
 Appends one JSON line to benchmarks/results/dit.jsonl.

@@ -1,6 +1,7 @@
 """Attention of a batch without padding: tokens of samples of unequal length, each sample for itself.
 
-`pack` says where the tokens are, a `Kernel` attends: `by_segment` anywhere, `variable_length` on CUDA in half precision.
+`pack` says where the tokens are, a `Kernel` attends: `by_segment` anywhere, `variable_length` on CUDA in half precision,
+`flexible` in a model that is compiled for CUDA.
 """
 
 from collections.abc import Callable
@@ -72,6 +73,21 @@ def variable_length(q: Tensor, k: Tensor, v: Tensor, tokens: Tokens) -> Tensor:
     return varlen_attn(q, k, v, of_images, ends, tokens.image_tokens, longest, enable_gqa=q.shape[1] != k.shape[1])
 
 
+def flexible(q: Tensor, k: Tensor, v: Tensor, tokens: Tokens) -> Tensor:
+    """A `Kernel` in FlexAttention: each token sees those of its own sample. To be compiled with the model, on CUDA in any precision.
+
+    Without compilation it makes the whole (heads, T, T) matrix, and it has no backward on a CPU.
+    Not run on a GPU where it was written.
+    """
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    owner = owners(tokens)
+    q, k = rotated(q, k, tokens)
+    mask = create_block_mask(lambda b, h, i, j: owner[i] == owner[j], None, None, len(q), len(k), device=q.device)  # a graph makes it once
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    return flex_attention(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])[0].transpose(0, 1)
+
+
 @torch.compiler.disable  # lengths change with every batch: a graph of its own for each would never stop compiling
 def each_segment(q: Tensor, k: Tensor, v: Tensor, tokens: Tokens) -> Tensor:
     """`by_segment` of differentiable operators."""
@@ -84,24 +100,35 @@ def each_segment(q: Tensor, k: Tensor, v: Tensor, tokens: Tokens) -> Tensor:
     return torch.empty_like(out).index_copy(0, order, out) if tokens.text_read else out
 
 
+def owners(tokens: Tokens) -> Tensor:
+    """(T,): the sample of each token."""
+    images = torch.arange(len(tokens.lengths), device=tokens.owner.device).repeat_interleave(tokens.image_tokens)
+    return torch.cat([images, tokens.owner])
+
+
+def rotated(q: Tensor, k: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
+    """RoPE on their image tokens."""
+    if tokens.rope is None:
+        return q, k
+    parts = [tokens.split(x) for x in (q, k)]
+    return tuple(torch.cat([rotate(image, tokens.rope).flatten(0, 1), text]) for image, text in parts)
+
+
 def by_sample(q: Tensor, k: Tensor, v: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """q and k rotated, all three with each sample's tokens together, and (T,) the token that each place took."""
-    images = torch.arange(len(tokens.lengths), device=q.device).repeat_interleave(tokens.image_tokens)
-    order = torch.cat([images, tokens.owner]).argsort(stable=True)
-    if tokens.rope is not None:
-        parts = [tokens.split(x) for x in (q, k)]
-        q, k = (torch.cat([rotate(image, tokens.rope).flatten(0, 1), text]) for image, text in parts)
+    order = owners(tokens).argsort(stable=True)
+    q, k = rotated(q, k, tokens)
     return q[order] if tokens.text_read else q, k[order], v[order], order
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """RoPE in float32 on (..., M, heads, head_dim); pairs (even, odd) are complex numbers, `rope` (M, 1, head_dim / 2, 2) their factors."""
+    """RoPE in float32 on (..., M, heads, head_dim): pairs (even, odd) are complex numbers, `rope` (M, 1, head_dim / 2) their factors."""
     pairs = x.float().unflatten(-1, (-1, 2))
     if torch.compiler.is_compiling():  # which knows no complex numbers, but makes one loop of this
-        (real, imaginary), (cos, sin) = pairs.unbind(-1), rope.unbind(-1)
+        (real, imaginary), (cos, sin) = pairs.unbind(-1), torch.view_as_real(rope).unbind(-1)
         turned = torch.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], dim=-1)
     else:  # one product takes a seventh of the time of four
-        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rope))
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * rope)
     return turned.flatten(-2).to(x.dtype)
 
 
@@ -133,7 +160,7 @@ def segments_backward(
     image_tokens: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     to_q, to_k, to_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    back = None if rope is None else rope * rope.new_tensor([1, -1])  # the inverse rotation
+    back = None if rope is None else rope.conj()  # the inverse rotation
     for place in places(lengths, image_tokens):
         found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             take(grad, place),

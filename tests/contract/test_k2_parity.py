@@ -112,7 +112,7 @@ MUTATIONS = {
     "rope theta": lambda patch: patch.setattr(Config, "rope_theta", 1e4),
     "no rope": lambda patch: patch.setattr(attention, "rotate", no_rotation),
     "rope turned the other way": lambda patch: patch.setattr(
-        attention, "rotate", lambda x, rope, rotate=attention.rotate: rotate(x, rope * torch.tensor([1, -1]))
+        attention, "rotate", lambda x, rope, rotate=attention.rotate: rotate(x, rope.conj())
     ),
     "rows for columns": lambda patch: patch.setattr(dit, "rope_table", columns_first),
     "another split of the head over the axes": lambda patch: patch.setattr(

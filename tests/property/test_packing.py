@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from k2model.attention import Tokens, by_segment, each_segment, pack, rotate
+from k2model.attention import Tokens, by_segment, each_segment, flexible, pack, rotate
 from k2model.dit import Config, DiT, rope_table
 
 SMALL = Config(
@@ -65,6 +65,17 @@ def test_attention_by_segment_is_attention_under_a_mask_of_segments(kernel, leng
     wanted = torch.autograd.grad((expected * weight).sum(), (q, k, v))
     for one, other in zip(torch.autograd.grad((found * weight).sum(), (q, k, v)), wanted, strict=True):
         assert torch.allclose(one, other, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("rows, text_read", [(0, True), (2, True), (2, False)])
+def test_flex_attention_is_attention_under_a_mask_of_segments(rows, text_read):
+    torch.manual_seed(0)
+    tokens = packed([3, 1, 5], rows, 2, text_read)
+    images, total = 6 * rows, 6 * rows + 9
+    q = torch.randn(total if text_read else images, 4, 16)
+    k, v = torch.randn(total, 2, 16), torch.randn(total, 2, 16)
+    assert torch.allclose(flexible(q, k, v, tokens), under_a_mask(q, k, v, tokens), atol=2e-6)
 
 
 @pytest.mark.parametrize("with_images", [True, False])

@@ -80,3 +80,25 @@ def test_the_last_block_computes_no_text_and_every_block_before_it_does():
         block.mlp.register_forward_hook(lambda layer, args, out: seen.append(len(out)))
     net(*batch([5, 3]))
     assert seen == [2 * 6 + 8, 2 * 6]
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("dtype, bound", [(None, 1e-6), (torch.bfloat16, 0.02)])
+def test_sharded_blocks_give_the_same_numbers_in_fp32_and_close_ones_in_bf16(process_group, dtype, bound):
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    latents, t, text, mask = batch([5, 3])
+    given, net = (latents, t.bfloat16().float(), text, mask), model()  # FSDP rounds time too: a caller in bf16 must know
+    expected = step(net, net, given)[0]
+    for module in (*net.blocks, net):
+        fully_shard(module, mesh=process_group, mp_policy=MixedPrecisionPolicy(param_dtype=dtype))  # casts a block's real inputs
+    out = net(*given)
+    out.float().square().mean().backward()
+    assert (out - expected).norm() < bound * expected.norm()
+    assert all(parameter.grad.to_local().abs().max() > 0 for name, parameter in net.named_parameters() if "wo" in name)
