@@ -98,11 +98,11 @@ class Loader:
         if not self._begun:
             self.close()
             raise StopIteration
+        clock = time.perf_counter()
         try:
             i, reads = self._begun.popleft()
             for _ in range(self._ahead - len(self._begun)):
                 self._begin()
-            clock = time.perf_counter()
             made = [making.finish() for read in reads for making in read.result()]
             self.waited += time.perf_counter() - clock
             return made, i
@@ -148,9 +148,8 @@ class Loader:
             bucket = (group["bucket_height"], group["bucket_width"])
             loaded = Loaded(None, None, *columns, part.num_valid, bucket, part.group)
             if latents is not None:
-                mine = (
-                    latents[: len(part.rows)] if part.rows == list(range(len(part.rows))) else latents[part.rows]
-                )  # a copy only if need be
+                whole = part.rows == list(range(len(latents)))  # then nothing need be copied
+                mine = latents if whole else latents[part.rows]
                 found.append(_Making(loaded._replace(latents=mine), None, part, []))
                 continue
             pixels = np.empty((len(part.rows), *bucket, 3), np.uint8)
