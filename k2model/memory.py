@@ -5,13 +5,14 @@
     parameters     4 P          float32, sharded
     optimizer      8 P          AdamW's two moments, sharded (2 P with 8-bit states; 4 P more with an EMA)
     gradients      4 P          float32, sharded
-    gathered       b (R + 3 L)  b bytes each: the root's parameters R, and of blocks L the one in use, the next one, and the buffer it comes in
+    gathered       b (R + 3 L)  b bytes each: the root's parameters R; of blocks L the one in use, the next, and the buffer it comes in
     reduced        4 L          a block's gradients in float32 on their way to their ranks
-    activations    n A + C      A of a block and C of the rest, kept for the backward pass; a block's A again with full checkpointing, while it runs
+    activations    n A + C      A of a block and C of the rest, kept for the backward pass
     in flight      F            the most that the backward pass of one block holds beyond them, with that block's gradients
 
-In one process without FSDP nothing is gathered or reduced, but autocast keeps a bf16 copy of the matrices. Gradients grow as activations shrink,
-so the peak is at one end of the backward pass, or in the optimizer's step. Text encoder, autoencoder, allocator and NCCL come on top.
+In one process without FSDP nothing is gathered or reduced, but autocast keeps a bf16 copy of the matrices. Gradients grow as
+activations shrink, so the peak is at one end of the backward pass, or in the optimizer's step. Text encoder, autoencoder,
+allocator and NCCL come on top.
 """
 
 import weakref
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from k2model.dit import Block, Config, DiT
+from k2model.dit import Config, DiT
 from k2model.parallel import Checkpointing, Precision, checkpointed
 
 
@@ -184,7 +185,11 @@ def _places(config: Config, num_images: int, image_tokens: int, text_tokens: int
         module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[-1]))
     p = config.patch
     with torch.no_grad():
-        small(torch.zeros(num_images, config.channels, p, p * image_tokens), torch.zeros(num_images), torch.zeros(num_images, text_tokens, 1, 8))
+        small(
+            torch.zeros(num_images, config.channels, p, p * image_tokens),
+            torch.zeros(num_images),
+            torch.zeros(num_images, text_tokens, 1, 8),
+        )
     return seen[0], seen[1]
 
 
