@@ -163,7 +163,11 @@ class Saver:
             # A slice of a number cannot be read, so numbers (AdamW's steps) are written as vectors of one.
             shaped = {key: value if value.ndim else value.reshape(1) for key, value in tensors.items()}
             writer = dcp.HuggingFaceStorageWriter(str(temporary / name), save_distributed=True)
-            dcp.save(shaped, storage_writer=writer, process_group=self.group)
+            try:
+                dcp.save(shaped, storage_writer=writer, process_group=self.group)
+            except dcp.api.CheckpointException as error:  # the same on all processes, and no Exception in Python's sense
+                said = "; ".join(f"process {rank}: {type(cause).__name__}: {cause}" for rank, (cause, _) in error.failures.items())
+                raise OSError(said) from error
         self._together(end if first else None)
 
     def _together(self, act: Callable[[], None] | None) -> None:

@@ -55,6 +55,7 @@ class World:
     device: torch.device
     mesh: DeviceMesh | None = None  # ("dp", "tp"), or ("dp",) without tensor parallelism; None: no process group
     writers: dist.ProcessGroup | None = None  # all processes over gloo, for checkpoints alone: they are written while training goes on
+    ours: bool = True  # False: who started the processes joined them too, as Ray Train does
 
     @property
     def tp(self) -> int:
@@ -70,7 +71,8 @@ class World:
         """End the process group, if there is one, when all are done with it."""
         if self.mesh is not None:
             dist.barrier()
-            dist.destroy_process_group()
+            if self.ours:
+                dist.destroy_process_group()
 
 
 def start(device: str = "auto", tp: int = 1, timeout: float = 600) -> World:
@@ -99,10 +101,12 @@ def start(device: str = "auto", tp: int = 1, timeout: float = 600) -> World:
         torch.cuda.set_device(local)
     place = torch.device(device, local) if device == "cuda" else torch.device(device)
     limit = timedelta(seconds=timeout)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=limit)
+    ours = not dist.is_initialized()
+    if ours:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=limit)
     mesh = init_device_mesh(device, (size // tp, tp) if tp > 1 else (size,), mesh_dim_names=("dp", "tp") if tp > 1 else ("dp",))
     writers = dist.new_group(backend="gloo", timeout=timedelta(hours=1))  # a rank may wait an hour for the disk of another
-    return World(mesh.get_local_rank("dp"), mesh["dp"].size(), place, mesh, writers)
+    return World(mesh.get_local_rank("dp"), mesh["dp"].size(), place, mesh, writers, ours)
 
 
 def shard(

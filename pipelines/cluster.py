@@ -103,6 +103,20 @@ def run(
             yield from _Job(ray, make, items, num_workers, serve, num_servers, after_death, watch).outcomes()
 
 
+def ranks(function: Callable[..., Any], arguments: dict, num_workers: int, storage: str, address: str = "auto", tries: int = 20) -> None:
+    """Run `function(**arguments)` as the ranks of a process group, with Ray Train: one GPU each where the cluster has any, else a CPU.
+
+    `storage` is a folder that all nodes see. When a rank or node is lost, all start again, up to `tries` times. Needs `ray[train]`.
+    """
+    with _joined(address) as ray:
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchTrainer
+
+        room = ScalingConfig(num_workers=num_workers, use_gpu="GPU" in ray.cluster_resources())
+        run = RunConfig(storage_path=storage, failure_config=FailureConfig(max_failures=tries))
+        TorchTrainer(lambda given: function(**given), train_loop_config=arguments, scaling_config=room, run_config=run).fit()
+
+
 def measure(name: str, value: float, **labels: str) -> None:
     """Add to a Prometheus metric of Ray's endpoint: a counter if the name ends in _total, a histogram if in _seconds, else a gauge.
 

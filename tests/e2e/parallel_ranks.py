@@ -1,0 +1,146 @@
+"""One process of the worlds of test_parallel.py: `python parallel_ranks.py FOLDER RANK`. The test runs `steps` too, alone."""
+
+import json
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from k2model import checkpoint, optim, parallel
+from k2model.dit import NANO, DiT
+
+# Odd sizes: FSDP must pad them. Four heads over two key heads, which tp 2 divides.
+CONFIG = replace(NANO, width=64, num_blocks=2, num_heads=4, num_kv_heads=2, text_dim=24, text_taps=2, text_heads=2, time_dim=18)
+WORLDS = {"4": (4, 1, "none"), "4_tp2": (4, 2, "selective"), "2": (2, 1, "full")}
+BATCH = 4
+
+
+def build(world, seed, checkpointing="none"):
+    with torch.device("meta"):
+        model = DiT(CONFIG)
+    model = parallel.init(parallel.shard(model, world, checkpointing=checkpointing), seed)
+    return model, optim.adamw(model, 1e-2, 0.01)
+
+
+def tensors(model, optimizer):
+    """Model and optimizer, whole and by name."""
+    both = model.state_dict() | optim.optimizer_tensors(model, optimizer)
+    return {name: parallel.whole(tensor).detach().contiguous().clone() for name, tensor in both.items()}
+
+
+def steps(world, model, optimizer, limit=0.1):
+    """Two steps on one global batch of four, in micro-batches of one. Gives losses, gradient norms, and gradients and weights by name."""
+    generator = torch.Generator().manual_seed(0)
+    x, target = torch.randn(2, BATCH, 16, 8, 8, generator=generator)
+    t, text = torch.rand(BATCH, generator=generator), torch.randn(BATCH, 5, 2, 24, generator=generator)
+    mask = torch.arange(5) < torch.tensor([5, 3, 2, 4])[:, None]
+    found = {"loss": [], "norm": []}
+    for _ in range(2):
+        optimizer.zero_grad()
+        mine = torch.zeros(())
+        for i in range(world.rank, BATCH, world.size):
+            one = slice(i, i + 1)
+            loss = (model(x[one], t[one], text[one], mask[one]) - target[one]).square().mean() / BATCH
+            loss.backward()
+            mine += loss.detach()
+        found["loss"].append(parallel.reduce(mine, world).item())
+        found.setdefault("gradients", {name: parallel.whole(p.grad).clone() for name, p in model.named_parameters()})
+        found["norm"].append(parallel.clip_grad_norm(model.parameters(), limit).item())
+        optimizer.step()
+    return found | {"weights": tensors(model, optimizer)}
+
+
+class Encoder(nn.Module):
+    """Called as k2model.text calls a language model: the embedding and the layers, never the whole."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed_tokens, self.layers = nn.Embedding(7, 6), nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+        self.requires_grad_(False)
+
+    def states(self, ids):
+        x = self.embed_tokens(ids)
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def live(folder, name, size, tp, checkpointing):
+    """What one world does; what it finds goes to FOLDER/<world>.json and .safetensors."""
+    world = parallel.start("cpu", tp=tp)
+    model, optimizer = build(world, 3, checkpointing)
+    found = steps(world, model, optimizer)
+    save_file(
+        {f"gradients/{k}": v.contiguous() for k, v in found.pop("gradients").items()} | found["weights"], folder / f"{name}.safetensors"
+    )
+    saver = checkpoint.Saver(folder / f"run_{name}", world.writers, keep_last=2)
+    files = {"model": model.state_dict(), "optimizer": optim.optimizer_tensors(model, optimizer), "vae": {"a": torch.ones(2)}}
+    for step in (1, 2, 3):  # the first goes when the third is whole
+        saver.save(step, files, {"cursor": step, "rank": world.rank})
+    with torch.no_grad():  # while the third is written
+        for parameter in model.parameters():
+            parameter.zero_()
+    saver.wait()
+    found["kept"] = sorted(place.name for place in (folder / f"run_{name}").iterdir())
+
+    found["resumed"] = {}
+    for run in ("1", *(other for other in WORLDS if (folder / f"run_{other}" / "000003").exists())):
+        last = checkpoint.latest(folder / f"run_{run}", world.writers)
+        other, resumed = build(world, 9)
+        parameters = dict(other.named_parameters())
+        other.load_state_dict(last.like("model", parameters))
+        optim.load_optimizer_tensors(other, resumed, last.like("optimizer", parameters))
+        same = {key: torch.equal(value, last_value) for (key, value), last_value in _beside(tensors(other, resumed), last)}
+        found["resumed"][run] = [key for key, equal in same.items() if not equal]
+
+    ids = torch.tensor([[1, 2, 6]])
+    encoder = Encoder()
+    whole = encoder.states(ids)
+    spread = parallel.shard_encoder(encoder, world)
+    found["encoder"] = torch.equal(spread.states(ids), whole)
+    found["encoder_share"] = sum(parallel.DTensor.to_local(p).numel() for p in spread.parameters()) / sum(
+        p.numel() for p in spread.parameters()
+    )
+
+    found["agree"] = [parallel.agree(world.rank == 1, world), parallel.agree(False, world)]
+    if world.rank == 1:  # its disk is full
+        checkpoint.dcp.HuggingFaceStorageWriter.write_data = _full
+    saver.save(4, files, {})
+    try:
+        saver.wait()
+    except OSError as error:
+        found["error"] = str(error)
+    found["latest"] = checkpoint.latest(folder / f"run_{name}").step
+    del found["weights"]
+    (folder / f"{name}.{os.environ['RANK']}.json").write_text(
+        json.dumps(found | {"rank": world.rank, "size": world.size, "main": world.is_main})
+    )
+    checkpoint.dcp.HuggingFaceStorageWriter.write_data = WRITE
+    world.stop()
+
+
+WRITE = checkpoint.dcp.HuggingFaceStorageWriter.write_data
+
+
+def _full(*_):
+    raise OSError(28, "No space left on device")
+
+
+def _beside(mine, last):
+    stored = last.tensors("model") | last.tensors("optimizer")
+    assert mine.keys() == stored.keys()
+    return [((key, value), stored[key]) for key, value in mine.items()]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    place, rank = Path(sys.argv[1]), int(sys.argv[2])
+    for (name, (size, tp, mode)), port in zip(WORLDS.items(), sys.argv[3:], strict=True):
+        if rank < size:
+            os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            live(place, name, size, tp, mode)

@@ -1,0 +1,111 @@
+"""One training step, one checkpoint, at every number of processes: 1, 2 and 4 over gloo, with and without tensor parallelism.
+
+Four processes start once for the file; each world is made of as many of them as it needs.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import parallel_ranks as ranks
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from k2model import checkpoint, optim, parallel
+from k2model.layouts import open_checkpoint
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What all worlds left: `1` by this process, the others by four."""
+    place = tmp_path_factory.mktemp("worlds")
+    world = parallel.start("cpu")
+    model, optimizer = ranks.build(world, 3)
+    found = ranks.steps(world, model, optimizer)
+    files = {"model": model.state_dict(), "optimizer": optim.optimizer_tensors(model, optimizer)}
+    checkpoint.save(place / "run_1", 3, files, {})
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in ranks.WORLDS]
+    ports = [str(one.getsockname()[1]) for one in sockets]
+    for one in sockets:
+        one.close()
+    quiet = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    command = [sys.executable, ranks.__file__, str(place)]
+    started = [subprocess.Popen([*command, str(rank), *ports], env=quiet, stderr=subprocess.PIPE, text=True) for rank in range(4)]
+    said = [process.communicate()[1] for process in started]
+    assert [process.returncode for process in started] == [0] * 4, "\n".join(said)[-4000:]
+    return place, found
+
+
+def results(folder, world):
+    place, _ = folder
+    return [json.loads((place / f"{world}.{rank}.json").read_text()) for rank in range(ranks.WORLDS[world][0])]
+
+
+@pytest.mark.parametrize("world", ranks.WORLDS)
+def test_a_step_is_the_same_at_every_world_size(folder, world):
+    place, alone = folder
+    for found in results(folder, world):
+        torch.testing.assert_close(found["loss"], alone["loss"], rtol=1e-6, atol=0)
+        torch.testing.assert_close(found["norm"], alone["norm"], rtol=1e-6, atol=0)
+    assert alone["norm"][0] > 0.1, "the gradient was clipped"
+    stored = load_file(place / f"{world}.safetensors")
+    for name, gradient in alone["gradients"].items():
+        assert (stored[f"gradients/{name}"] - gradient).abs().max() <= 1e-5 * gradient.abs().max(), name
+    for name, value in alone["weights"].items():
+        assert (stored[name] - value).abs().max() <= 1e-4 * value.abs().max(), name
+
+
+@pytest.mark.parametrize("world", ranks.WORLDS)
+def test_processes_know_their_part(folder, world):
+    size, tp, _ = ranks.WORLDS[world]
+    found = results(folder, world)
+    assert [one["rank"] for one in found] == [rank // tp for rank in range(size)], "ranks of one tp group read the same images"
+    assert {one["size"] for one in found} == {size // tp} and [one["main"] for one in found] == [True] + [False] * (size - 1)
+    assert all(one["agree"] == [True, False] for one in found)
+
+
+@pytest.mark.parametrize("world", ranks.WORLDS)
+def test_a_checkpoint_of_any_number_of_processes_is_read_by_any(folder, world):
+    place, alone = folder
+    for found in results(folder, world):
+        assert "1" in found["resumed"] and world in found["resumed"]
+        assert not any(found["resumed"].values()), "a tensor did not come back as it was saved"
+    last = checkpoint.latest(place / f"run_{world}")
+    assert last.state["rank"] == 0 and last.tensors("vae")["a"].tolist() == [1, 1]
+    stored = last.tensors("model") | last.tensors("optimizer")
+    written = load_file(place / f"{world}.safetensors")
+    assert stored.keys() == alone["weights"].keys()
+    for name, value in stored.items():  # zeroed while it was written: the copy was not
+        assert torch.equal(value, written[name]) and value.any() == alone["weights"][name].any(), name
+    assert {name for name, _ in last.state["files"].items() if "/" not in name} == {"model.safetensors", "vae.safetensors"}
+
+
+def test_all_read_what_one_process_saved_and_what_others_did(folder):
+    assert set(results(folder, "2")[0]["resumed"]) == {"1", *ranks.WORLDS}
+
+
+@pytest.mark.parametrize("world", ranks.WORLDS)
+def test_the_newest_two_stay_and_a_full_disk_of_one_process_is_heard_by_all(folder, world):
+    for found in results(folder, world):
+        assert found["kept"] == ["000002", "000003"] and found["latest"] == 3
+        assert "OSError: [Errno 28] No space left" in found["error"]
+
+
+def test_the_model_file_is_what_every_command_reads(folder):
+    place, _ = folder
+    found = open_checkpoint(str(place / "run_4" / "000003" / "model.safetensors"))
+    assert found.config.width == ranks.CONFIG.width and found.config.num_blocks == 2
+    assert torch.equal(found.read("blocks.1.attn.wq.weight", torch.float32), load_file(place / "4.safetensors")["blocks.1.attn.wq.weight"])
+
+
+@pytest.mark.parametrize("world", ranks.WORLDS)
+def test_a_frozen_encoder_is_spread_and_says_the_same(folder, world):
+    size, tp, _ = ranks.WORLDS[world]
+    for found in results(folder, world):
+        assert found["encoder"] and found["encoder_share"] <= 1.5 * tp / size
