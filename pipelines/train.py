@@ -6,6 +6,7 @@ rounding; checked by the tests).
 """
 
 import json
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,17 +14,20 @@ from typing import Any
 
 import torch
 
-from k2model import lora, parallel
+from k2model import lora, memory, parallel
 from k2model.data import Packed
 from k2model.dit import DiT
-from k2model.flops import train_flops
+from k2model.flops import PEAK, train_flops
 from k2model.layouts import open_checkpoint
 from k2model.order import Order, check_world
 from k2model.vae import FACTOR, Pca
-from pipelines import merge, recipes
+from pipelines import cluster, merge, recipes
 from pipelines.cli import call
+from pipelines.metrics import read_rows
 from pipelines.train_loop import Machine, Span, run
-from pipelines.train_recipes import TRAIN, TrainRecipe
+from pipelines.train_recipes import TRAIN, Phase, TrainRecipe
+
+HALF = PEAK["H100"] / 2
 
 
 def train(
@@ -37,6 +41,9 @@ def train(
     max_rows: int | None = None,
     tensorboard: bool = False,
     wandb: str | None = None,
+    ray: str = "off",
+    workers: int = 1,
+    gpus: int = 1,
     dry_run: bool = False,
     base: str | None = None,
 ) -> int:
@@ -59,7 +66,10 @@ def train(
         max_rows: Most images of a rank that go through the model at once: less memory, the same batches (gradients are added up).
         tensorboard: Write events to OUT/tensorboard too.
         wandb: Log to this project of Weights & Biases too.
-        dry_run: Print parameters, and steps, tokens and FLOPs per phase, and stop.
+        ray: Start --workers ranks with Ray Train on the cluster at this address (auto: the one at hand), and wait for them.
+        workers: Ranks that Ray starts, each with a GPU where the cluster has any.
+        gpus: Of --dry-run: for how many GPUs it counts memory and time.
+        dry_run: Print parameters, then images, tokens, FLOPs, memory of a GPU and hours of every phase, and stop.
         base: Of a LoRA recipe: the frozen model, in any layout that k2 convert reads.
     """
     plan: TrainRecipe = recipes.find(recipe, TRAIN)
@@ -69,15 +79,20 @@ def train(
         raise ValueError(
             f"--base is for LoRA recipes; {plan.name} trains a whole model. Leave it out, or give --recipe lora-nano or lora-k2"
         )
+    place = Path(out) if out else Path(data) / "train" / plan.name
     spans = curriculum(plan, data)
     if dry_run:
-        for line in cost(plan, spans):
+        for line in cost(plan, spans, gpus, max_rows, measured_rates(place)):
             print(json.dumps(line))
+        return 0
+    if ray != "off":
+        given = {"data": data, "recipe": recipe, "out": str(place), "device": device, "threads": threads, "decoders": decoders, "tp": tp}
+        given |= {"max_rows": max_rows, "tensorboard": tensorboard, "wandb": wandb, "base": base}
+        cluster.ranks(train, given, workers, str(place / "ray"), ray)
         return 0
     digest = check_base(plan, base) if plan.lora else None
     if threads is not None:
         torch.set_num_threads(threads)
-    place = Path(out) if out else Path(data) / "train" / plan.name
     world = parallel.start(device, tp)
     try:
         for span in spans:
@@ -115,8 +130,21 @@ def curriculum(plan: TrainRecipe, data: str) -> list[Span]:
     return spans
 
 
-def cost(plan: TrainRecipe, spans: list[Span]) -> list[dict[str, Any]]:
-    """Parameters, then steps, images, tokens and training FLOPs per phase with its share of all; buckets and batch sizes as packed."""
+def measured_rates(place: Path) -> dict[str, float]:
+    """Images a second of each phase that this folder's run has trained in: the median of its rows."""
+    rates: dict[str, list[float]] = {}
+    for row in read_rows(place / "metrics.jsonl"):
+        rates.setdefault(row["phase"], []).append(row["images_per_s"])
+    return {phase: statistics.median(found) for phase, found in rates.items()}
+
+
+def cost(plan: TrainRecipe, spans: list[Span], gpus: int, max_rows: int | None, rates: dict[str, float]) -> list[dict[str, Any]]:
+    """Parameters, then a line per phase; buckets and batch sizes as packed.
+
+    * flops: of matrix products, forward and backward, without recomputation; flops_share of all phases.
+    * memory_gib: of one GPU, see `k2model.memory`; text encoder and autoencoder come on top.
+    * hours: at the rate that was measured in the output folder, or else `hours_at_half_peak`: at half of an H100's bf16 rate.
+    """
     with torch.device("meta"):
         model = DiT(plan.model)
     lines: list[dict[str, Any]] = [{"recipe": plan.name, "parameters": sum(parameter.numel() for parameter in model.parameters())}]
@@ -141,10 +169,37 @@ def cost(plan: TrainRecipe, spans: list[Span]) -> list[dict[str, Any]]:
                 "image_tokens": round(image_tokens),
                 "text_tokens": round(images * plan.text_tokens),
                 "flops": flops,
+                "memory_gib": None if plan.lora else memory_gib(plan, phase, order, gpus, max_rows),
+                **hours(images, flops, gpus, rates.get(phase.name)),
             }
         )
     total = sum(line["flops"] for line in lines[1:])
     return [lines[0], *(line | {"flops_share": round(line["flops"] / total, 3)} for line in lines[1:])]
+
+
+def hours(images: float, flops: float, gpus: int, rate: float | None) -> dict[str, float]:
+    """Of a phase, at a measured rate in images a second, or else at half of the peak of H100s; three digits."""
+    if rate is None:
+        return {"hours_at_half_peak": float(f"{flops / HALF / gpus / 3600:.3g}")}
+    return {"hours": float(f"{images / rate / 3600:.3g}")}
+
+
+def memory_gib(plan: TrainRecipe, phase: Phase, order: Order, gpus: int, max_rows: int | None) -> dict[str, float]:
+    """What one of `gpus` GPUs holds in a step of a phase, by kind and at its peak."""
+    rows = max(packed.description["batch_size"] for packed in order.sets)
+    rows = -(-rows // max(1, gpus // phase.num_groups))
+    tokens = max(group["bucket_height"] * group["bucket_width"] for packed in order.sets for group in packed.groups)
+    found = memory.plan(
+        plan.model,
+        min(rows, max_rows or rows),
+        tokens // (FACTOR * plan.model.patch) ** 2,
+        plan.text_tokens,
+        precision=phase.precision,
+        checkpointing=phase.checkpointing,
+        ranks=gpus if gpus > 1 else None,
+    )
+    kinds = ("parameters", "optimizer", "gradients", "activations", "peak")
+    return {kind: round(getattr(found, kind) / 2**30, 3) for kind in kinds}
 
 
 def check_base(plan: TrainRecipe, base: str | None) -> str:
