@@ -83,6 +83,7 @@ def write_packed(place: Path, samples: list[tuple[int, str, bytes]], kind: str) 
         write_row_groups(tables, place / name, PACKED, made_by)
         if kind == "latent":
             write_row_groups(latents, place / "latents" / name, LATENTS, made_by, plain=True)
+    write_json([[samples[n][0] for n in group] for group in groups], place / "numbers.json")
     description = {"fingerprint": made_by, "policy": "bench", "resolution": SIDE, "batch_size": BATCH, "seed": 0}
     write_json(description | {"num_rows": len(samples), "num_batches": len(batches), "batches": batches}, place / "dataset.json")
 
@@ -141,8 +142,8 @@ def main(images: str, peers: str, rounds: int = 3, jpegs: int = 2048, latents: i
         images: A folder of JPEG files.
         peers: The Python of the peers' environment.
         rounds: How often each is run; medians count.
-        jpegs: Samples of 256 px; a multiple of 32.
-        latents: Samples of 32 KiB; a multiple of 32.
+        jpegs: Samples of 256 px, a multiple of 32; 0 leaves them out.
+        latents: Samples of 32 KiB, a multiple of 32; 0 leaves them out.
         record: Append to benchmarks/results/loader.jsonl.
     """
     pythons = {
@@ -162,12 +163,12 @@ def main(images: str, peers: str, rounds: int = 3, jpegs: int = 2048, latents: i
     found_versions = dict(zip(("webdataset", "litdata", "mosaicml-streaming"), asked.stdout.split(), strict=True))
     cases = {"jpeg": [(name, workers, decoder) for workers in (0, 2) for name, decoder in JPEG_RUNS]}
     cases["jpeg"].append(("processes", 2, "simplejpeg"))
-    cases["latent"] = [(name, 0, "none") for name in ("ours", "safetensors", "litdata", "webdataset", "streaming")]
-    for kind, count in (("jpeg", jpegs), ("latent", latents)):
+    cases["latent"] = [(name, 0, "none") for name in ("ours", "row groups", "safetensors", "litdata", "webdataset", "streaming")]
+    for kind, count in ((kind, count) for kind, count in (("jpeg", jpegs), ("latent", latents)) if count):
         with tempfile.TemporaryDirectory() as place:
             data = Path(place) / kind
             mean_bytes = write_source(images, kind, count, data)
-            for name in dict.fromkeys(name for name, _, _ in cases[kind] if name != "processes"):
+            for name in dict.fromkeys(name for name, _, _ in cases[kind] if name not in ("processes", "row groups")):
                 run(pythons[name], "write", name, kind, str(data))
             decoded = decoders(data / "source", rounds) if kind == "jpeg" else None
             results: dict[tuple, list[dict]] = {case: [] for case in cases[kind]}

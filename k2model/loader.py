@@ -128,12 +128,20 @@ class Loader:
         if self._stop is not None and self._next >= self._stop:
             return
         parts = self._order.share(self._next, self._rank, self._world, self._max_rows)
-        # Parts of one row group follow each other: it is read once.
-        reads = [self._readers.submit(self._read, list(mine)) for _, mine in groupby(parts, lambda part: part.group)]
+        # Parts of one row group follow each other: it is read once. Pixels are allocated here and not in the threads: memory that the
+        # consumer gave back is used again, where a thread's own heap would ask the kernel for fresh pages.
+        reads = [
+            self._readers.submit(self._read, mine, [self._pixels(part) for part in mine])
+            for mine in (list(same) for _, same in groupby(parts, lambda part: part.group))
+        ]
         self._begun.append((self._next, reads))
         self._next += 1
 
-    def _read(self, parts: list[Part]) -> list["_Making"]:
+    def _pixels(self, part: Part) -> np.ndarray | None:
+        group = self._order.describe(part.group)
+        return None if self._latents else np.empty((len(part.rows), group["bucket_height"], group["bucket_width"], 3), np.uint8)
+
+    def _read(self, parts: list[Part], pixels_of: list[np.ndarray | None]) -> list["_Making"]:
         """Read the rows of one row group and give its images to the decoders."""
         packed, group = self._order.sets[parts[0].group.source], self._order.describe(parts[0].group)
         try:
@@ -143,7 +151,7 @@ class Loader:
             raise ValueError(f"{packed.place(group)} cannot be read: {type(error).__name__}: {error}") from error
         texts = [table["caption"].to_pylist(), table["uid"].to_pylist()]
         found = []
-        for part in parts:
+        for part, pixels in zip(parts, pixels_of, strict=True):
             columns = [[values[row] for row in part.rows] for values in texts]
             bucket = (group["bucket_height"], group["bucket_width"])
             loaded = Loaded(None, None, *columns, part.num_valid, bucket, part.group)
@@ -152,7 +160,6 @@ class Loader:
                 mine = latents if whole else latents[part.rows]
                 found.append(_Making(loaded._replace(latents=mine), None, part, []))
                 continue
-            pixels = np.empty((len(part.rows), *bucket, 3), np.uint8)
             count = max(1, part.num_valid)  # the rest are repeats
             size = max(1, TASK_PIXELS // (bucket[0] * bucket[1]))
             slices = [slice(first, min(first + size, count)) for first in range(0, count, size)]
