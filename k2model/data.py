@@ -1,14 +1,10 @@
-"""Packed shards to training batches. Position is data: every batch comes with the cursor of the next one.
-
-A row group of a packed shard is a batch of one bucket. The order of the batches of an epoch is a permutation made from
-(seed, epoch), so batch i is a pure function of files, seed and cursor, and resuming is seeking.
-"""
+"""A packed set: Parquet files whose row groups are training batches of one bucket. `k2model.order` says in which order they are read."""
 
 import io
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from threading import Lock
@@ -27,13 +23,6 @@ from torch import Tensor
 from curation.schema import LATENTS, PACKED
 
 OPEN_FILES = 128  # of one packed set; a footer read again costs far less than a row group decoded
-
-
-class Cursor(NamedTuple):
-    """Where the next batch starts."""
-
-    epoch: int = 0
-    index: int = 0  # batches of this epoch that were read
 
 
 class Batch(NamedTuple):
@@ -74,17 +63,6 @@ class Packed:
     def __len__(self) -> int:
         """Batches per epoch."""
         return len(self.groups)
-
-    def order(self, seed: int, epoch: int) -> np.ndarray:
-        """The permutation of the row groups in one epoch.
-
-        It sorts raw Philox bits, whose stream NumPy promises to keep, and not the output of a NumPy method, which may change.
-        """
-        return np.argsort(np.random.Philox(key=[seed, epoch]).random_raw(len(self)), kind="stable")
-
-    def group_at(self, cursor: Cursor, seed: int) -> dict:
-        """The entry of `dataset.json` (file, row group, bucket) of the batch that starts at `cursor`."""
-        return self.groups[self.order(seed, cursor.epoch)[cursor.index]]
 
     def read(self, group: dict, padding: bool = False) -> Batch:
         """Decode one row group. With `padding` every batch has the packed set's batch size: the last rows may be repeats."""
@@ -142,16 +120,6 @@ class Packed:
     def place(self, group: dict) -> str:
         """Where a row group lies, for texts."""
         return f"{self.directory}/{group['file']} row group {group['row_group']}"
-
-    def batches(self, seed: int, cursor: Cursor) -> Iterator[tuple[Batch, Cursor]]:
-        """Batches from `cursor` on, for ever, each with the cursor of the batch after it."""
-        assert 0 <= cursor.index < len(self), (cursor, len(self))
-        while True:
-            order = self.order(seed, cursor.epoch)
-            for index in range(cursor.index, len(order)):
-                following = Cursor(cursor.epoch, index + 1) if index + 1 < len(order) else Cursor(cursor.epoch + 1, 0)
-                yield self.read(self.groups[order[index]]), following
-            cursor = Cursor(cursor.epoch + 1, 0)
 
     def _read(self, name: str, row_group: int, columns: Sequence[str], schema: pa.Schema) -> pa.Table:
         opened = self._file(name, schema)
