@@ -63,7 +63,8 @@ class Projector(nn.Module):
 
     def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         """(B, h * w, width) in raster order -> (B, h, w, dim)."""
-        return self.conv(tokens.unflatten(1, grid).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        found = self.conv(tokens.unflatten(1, grid).permute(0, 3, 1, 2))
+        return found.permute(0, 2, 3, 1).contiguous()  # FSDP warns of outputs that are views
 
 
 class Tap:

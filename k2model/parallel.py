@@ -144,10 +144,7 @@ def shard(
     for block in model.blocks:
         fully_shard(block, **options, reshard_after_forward=True)
     fully_shard(model, **options)
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)  # gloo has no product-and-sum, and a factor of 1 needs none
+    _add_up(model)
     return model.to_empty(device=world.device) if next(model.parameters()).is_meta else model
 
 
@@ -309,11 +306,19 @@ def _number(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}\0{name}".encode()).digest()[:8], "big") >> 1
 
 
+def _add_up(model: nn.Module) -> None:
+    """Gradients of FSDP's modules become sums over the ranks, not means."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no product-and-sum, and a factor of 1 needs none
+
+
 def shard_part(module: nn.Module, world: World) -> nn.Module:
     """Spread a small trained module beside the model (a projector) over the data-parallel ranks as one group; nothing is done alone."""
     if world.mesh is not None:
         fully_shard(module, mesh=world.mesh["dp"])
-        module.set_gradient_divide_factor(1.0)
+        _add_up(module)
     return module
 
 
