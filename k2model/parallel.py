@@ -120,8 +120,9 @@ def shard(
     """Bring a DiT, on the meta device or not, into the form in which `world` trains it; the same object comes back.
 
     In this order: float8 linears, tensor parallelism (both in the main blocks only), checkpointing per block, compile per block,
-    FSDP per block and of the rest. Compiled *and* checkpointed blocks must be one graph, else they run as if not compiled: on CUDA take the kernel
-    `variable_length`.
+    FSDP per block and of the rest. Compiled *and* checkpointed blocks must be one graph, else they run as if not compiled: on CUDA
+    take the kernel `variable_length`.
+
     A model on meta has no values afterwards: `init` gives them, or a checkpoint. One that has values must have the same on every rank.
     The names of the parameters do not change. With bf16 and float8 the caller runs the model under `torch.autocast`; FSDP gathers
     parameters as bf16 (on CUDA) and keeps and sums in float32.
