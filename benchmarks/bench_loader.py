@@ -147,6 +147,7 @@ def main(images: str, peers: str, rounds: int = 3, jpegs: int = 2048, latents: i
         record: Append to benchmarks/results/loader.jsonl.
     """
     pythons = {
+        "row groups": sys.executable,
         "ours": sys.executable,
         "processes": sys.executable,
         "safetensors": sys.executable,

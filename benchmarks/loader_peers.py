@@ -268,6 +268,7 @@ class Processes:
 
 
 PEERS = {
+    "row groups": Rowgroups,
     "processes": Processes,
     "ours": Ours,
     "webdataset": Webdataset,

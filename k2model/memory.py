@@ -7,7 +7,8 @@
     gradients      4 P          float32, sharded
     gathered       b (R + 3 L)  b bytes each: the root's parameters R; of blocks L the one in use, the next, and the buffer it comes in
     reduced        4 L          a block's gradients in float32 on their way to their ranks
-    activations    n A + C      A of a block and C of the rest, kept for the backward pass
+    activations    n A          kept by the blocks for the backward pass
+    rest           C            kept by what is before and after them: most of it by the text fusion, which sees each token once per tap
     in flight      F            the most that the backward pass of one block holds beyond them, with that block's gradients
 
 In one process without FSDP nothing is gathered or reduced, but autocast keeps a bf16 copy of the matrices. Gradients grow as
@@ -39,15 +40,19 @@ class Memory:
     gradients: int  # all of them, at the end of the backward pass
     gathered: int
     reduced: int
-    activations: int  # all of them, at the end of the forward pass
-    in_flight: int
+    activations: int  # of all blocks, at the end of the forward pass
+    rest: int  # of what is not a block
+    in_flight: int  # in the backward pass of a block
+    rest_in_flight: int  # in that of the rest, when all gradients are there and the blocks' activations gone
     step: int  # what the optimizer needs for its step beyond the above
 
     @property
     def peak(self) -> int:
         """The most at any time of a step."""
-        passing = self.gathered + self.reduced + self.in_flight
-        return self.parameters + self.optimizer + max(self.activations + passing, self.gradients + passing, self.gradients + self.step)
+        moved = self.gathered + self.reduced
+        begin = self.activations + self.rest + self.in_flight + moved
+        end = self.gradients + self.rest + self.rest_in_flight + moved
+        return self.parameters + self.optimizer + max(begin, end, self.gradients + self.step)
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,7 @@ class Activations:
     per_block: int
     rest: int
     in_flight: int  # with the gradients of one block
+    rest_in_flight: int  # with the gradients of the rest
 
 
 def plan(
@@ -86,18 +92,20 @@ def plan(
         model = DiT(config)
     total = sum(parameter.numel() for parameter in model.parameters())
     one = sum(parameter.numel() for parameter in model.blocks[0].parameters())
-    root = total - one * config.num_blocks
-    held = root + one * config.num_blocks // tp
+    rest = total - one * config.num_blocks
+    fusion = sum(p.numel() for blocks in (model.txtfusion.layerwise_blocks, model.txtfusion.refiner_blocks) for p in blocks.parameters())
+    root = rest - fusion
+    held = rest + one * config.num_blocks // tp
     shared = ranks or 1
     half = precision != "fp32"
     width = 2 if half else 4
     found = activations(config, num_images, image_tokens, text_tokens, precision, checkpointing, sharded=ranks is not None)
     if ranks is None:
         gathered, reduced = (2 * held if half else 0), 0
-        in_flight = found.in_flight - 4 * one  # its gradients are among `gradients`
+        of_block, of_rest = 4 * one, 4 * rest  # their gradients are among `gradients`
     else:
         gathered, reduced = width * (root + 3 * one // tp), 4 * max(root, one // tp)
-        in_flight = found.in_flight - width * (one - one // tp)
+        of_block, of_rest = width * (one - one // tp), width * fusion
     largest = max(parameter.numel() for parameter in model.parameters())
     return Memory(
         parameters=4 * held // shared,
@@ -105,8 +113,10 @@ def plan(
         gradients=4 * held // shared,
         gathered=gathered,
         reduced=reduced,
-        activations=found.rest + config.num_blocks * found.per_block,
-        in_flight=in_flight,
+        activations=config.num_blocks * found.per_block,
+        rest=found.rest,
+        in_flight=found.in_flight - of_block,
+        rest_in_flight=max(found.rest_in_flight - of_rest, 0),
         # On GPUs AdamW works on all tensors at once, with one more copy of them; on a CPU on one after the other.
         step=4 * held // shared if ranks else 4 * largest,
     )
@@ -134,6 +144,9 @@ def activations(
 
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = DiT(replace(config, num_blocks=2))
+        for block in (*model.blocks, *model.txtfusion.layerwise_blocks, *model.txtfusion.refiner_blocks):
+            if checkpointing != "none":
+                block.forward = checkpointed(block.forward, checkpointing)
         for module in model.modules():
             for name, parameter in list(module.named_parameters(recurse=False)):
                 setattr(module, name, nn.Parameter(torch.empty_like(parameter, dtype=held)))
@@ -147,8 +160,7 @@ def activations(
         def through(count: int) -> tuple[Tensor, Tensor]:
             at = image, words
             for block in model.blocks[:count]:
-                forward = block.forward if checkpointing == "none" else checkpointed(block.forward, checkpointing)
-                at = forward(*at, time, tokens)
+                at = block(*at, time, tokens)
             return at
 
         def rest() -> tuple[Tensor, ...]:
@@ -160,7 +172,7 @@ def activations(
             )
 
         one, two, other = (_measured(run, model, cast) for run in (lambda: through(1), lambda: through(2), rest))
-    return Activations(two[0] - one[0], other[0], one[1])
+    return Activations(two[0] - one[0], other[0], one[1], other[1])
 
 
 def _measured(run: Callable[[], tuple[Tensor, ...]], model: nn.Module, context: Any) -> tuple[int, int]:

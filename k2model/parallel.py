@@ -119,7 +119,10 @@ def shard(
 ) -> DiT:
     """Bring a DiT, on the meta device or not, into the form in which `world` trains it; the same object comes back.
 
-    In this order: float8 linears, tensor parallelism, checkpointing per block, compile per block, FSDP per block and of the rest.
+    In this order: float8 linears, tensor parallelism (both in the main blocks only), checkpointing per block, compile per block,
+    FSDP per block and of the rest. Compiled *and* checkpointed blocks must be one graph, else they run as if not compiled: on CUDA
+    take the kernel `variable_length`.
+
     A model on meta has no values afterwards: `init` gives them, or a checkpoint. One that has values must have the same on every rank.
     The names of the parameters do not change. With bf16 and float8 the caller runs the model under `torch.autocast`; FSDP gathers
     parameters as bf16 (on CUDA) and keeps and sums in float32.
@@ -131,7 +134,9 @@ def shard(
         to_float8(model, precision, world.device)
     if world.tp > 1:
         _divide_matrices(model, world.mesh["tp"])
-    for block in model.blocks:
+    # A block of the text fusion sees every token once per tap: at 256 px, without checkpointing, it would keep more than half of the rest.
+    blocks = [*model.blocks, *model.txtfusion.layerwise_blocks, *model.txtfusion.refiner_blocks]
+    for block in blocks:
         if checkpointing != "none":
             block.forward = checkpointed(block.forward, checkpointing)
         if compiled:
@@ -141,7 +146,7 @@ def shard(
     half = precision != "fp32" and world.device.type == "cuda"
     policy = MixedPrecisionPolicy(torch.bfloat16 if half else None, torch.float32 if half else None, cast_forward_inputs=False)
     options: dict[str, Any] = {"mesh": world.mesh["dp"], "mp_policy": policy}
-    for block in model.blocks:
+    for block in blocks:
         fully_shard(block, **options, reshard_after_forward=True)
     fully_shard(model, **options)
     _add_up(model)

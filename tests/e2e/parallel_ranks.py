@@ -1,7 +1,8 @@
-"""One process of the worlds of test_parallel.py: `python parallel_ranks.py FOLDER RANK`. The test runs `steps` too, alone."""
+"""The processes of the worlds of test_parallel.py: `python parallel_ranks.py FOLDER PORT...`. The test runs `steps` too, alone."""
 
 import json
 import os
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -137,10 +138,27 @@ def _beside(mine, last):
     return [((key, value), stored[key]) for key, value in mine.items()]
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    place, rank = Path(sys.argv[1]), int(sys.argv[2])
-    for (name, (size, tp, mode)), port in zip(WORLDS.items(), sys.argv[3:], strict=True):
+def rank_of(folder, rank, ports):
+    """One process: what it does in each world that it is part of."""
+    for (name, (size, tp, mode)), port in zip(WORLDS.items(), ports, strict=True):
         if rank < size:
             os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            live(place, name, size, tp, mode)
+            live(folder, name, size, tp, mode)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    children = {}
+    for rank in range(4):  # forks: torch is imported once
+        child = os.fork()
+        if not child:
+            rank_of(Path(sys.argv[1]), rank, sys.argv[2:])
+            sys.exit(0)
+        children[child] = rank
+    while children:
+        child, status = os.wait()
+        rank = children.pop(child)
+        if status:
+            for other in children:  # they would wait for it
+                os.kill(other, signal.SIGKILL)
+            sys.exit(f"rank {rank} ended with {os.waitstatus_to_exitcode(status)}")

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -259,6 +260,23 @@ def test_every_form_of_image_has_pillows_pixels(form):
     found = np.zeros((48, 40, 3), np.uint8)
     assert decode_into(memoryview(buffer.getvalue()), found) == (48, 40)
     assert np.array_equal(found, np.asarray(Image.open(buffer).convert("RGB")))
+
+
+@pytest.mark.parametrize("latents", [False, True])
+def test_a_packed_set_of_an_object_store_is_read_as_one_of_the_disk(order, place, latents):
+    write_latents(place)
+    store = fsspec.filesystem("memory")
+    store.put(str(place), "/bucket/p", recursive=True)
+    try:
+        far = Order([Packed("memory://bucket/p")], [1], 2, 0)
+        with Loader(order, latents=latents, stop=5) as near, Loader(far, latents=latents, stop=5, threads=2) as other:
+            for (parts, i), (same, j) in zip(near, other, strict=True):
+                assert i == j
+                for one, two in zip(parts, same, strict=True):
+                    assert torch.equal(one.latents if latents else one.images, two.latents if latents else two.images)
+                    assert (one.uids, one.captions) == (two.uids, two.captions)
+    finally:
+        store.rm("/bucket", recursive=True)
 
 
 def test_few_files_stay_open_and_a_closed_one_is_opened_again(place, monkeypatch):
