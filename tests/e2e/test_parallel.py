@@ -3,12 +3,15 @@
 Four processes start once for the file; each world is made of as many of them as it needs.
 """
 
+import importlib.util
 import json
 import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import parallel_ranks as ranks
 import pytest
@@ -16,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from k2model import checkpoint, optim, parallel
+from k2model.dit import DiT
 from k2model.layouts import open_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -107,3 +111,61 @@ def test_a_frozen_encoder_is_spread_and_says_the_same(folder, world):
     size, tp, _ = ranks.WORLDS[world]
     for found in results(folder, world):
         assert found["encoder"] and found["encoder_share"] <= 1.5 * tp / size
+
+
+def test_compiled_blocks_take_the_same_step(monkeypatch):
+    """Traced and differentiated as for inductor, whose C++ takes a minute to build here, and run operator by operator."""
+    build, found = torch.nn.Module.compile, {}
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **options: build(module, backend="aot_eager", **options))
+    for compiled in (False, True):
+        with torch.device("meta"):
+            model = DiT(replace(ranks.CONFIG, num_blocks=1, num_fusion_blocks=0))
+        world = parallel.start("cpu")
+        model = parallel.init(parallel.shard(model, world, compiled=compiled), 3)
+        found[compiled] = ranks.steps(world, model, optim.adamw(model, 1e-2, 0.01))
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs >= 1, "nothing was compiled"
+    torch.testing.assert_close(found[True]["loss"], found[False]["loss"], rtol=1e-5, atol=0)
+    for name, gradient in found[False]["gradients"].items():
+        assert (found[True]["gradients"][name] - gradient).abs().max() <= 1e-4 * gradient.abs().max(), name
+
+
+def test_first_weights_are_those_of_pytorch_and_of_their_name():
+    with torch.device("meta"):
+        model, deeper = DiT(ranks.CONFIG), DiT(replace(ranks.CONFIG, num_blocks=3))
+    ours, theirs = parallel.init(model.to_empty(device="cpu"), 0), DiT(ranks.CONFIG)
+    parallel.init(deeper.to_empty(device="cpu"), 0)
+    for (name, mine), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(mine, deeper.get_parameter(name)), "a deeper model starts with the same first blocks"
+        if mine.numel() > 1000:
+            assert mine.std().item() == pytest.approx(other.std().item(), rel=0.1, abs=1e-9), name
+            assert mine.abs().max().item() == pytest.approx(other.abs().max().item(), rel=0.05, abs=1e-9), name
+    assert not torch.equal(ours.first.weight, parallel.init(DiT(ranks.CONFIG), 1).first.weight)
+
+
+def test_what_cannot_be_is_said_before_anything_starts(monkeypatch):
+    with pytest.raises(ValueError, match="torchrun --nproc-per-node 2"):
+        parallel.start("cpu", tp=2)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(ValueError, match="4 processes cannot be divided into tensor-parallel groups of 3"):
+        parallel.start("cpu", tp=3)
+    with pytest.raises(ValueError, match="2 key and value heads cannot be divided by tp 4"):
+        parallel._divide_matrices(DiT(ranks.CONFIG), SimpleNamespace(size=lambda: 4))
+
+
+def test_float8_is_for_the_linears_inside_the_blocks():
+    names = [name for name, _ in DiT(ranks.CONFIG).named_parameters()]
+    for precision in ("float8_tensorwise", "float8_rowwise"):
+        model = DiT(ranks.CONFIG)
+        if not importlib.util.find_spec("torchao"):
+            with pytest.raises(ValueError, match="pip install torchao"):
+                parallel.shard(model, parallel.start("cpu"), precision=precision)
+            continue
+        parallel.shard(model, parallel.start("cpu"), precision=precision)
+        exchanged = {name for name, module in model.named_modules() if type(module).__name__ == "Float8Linear"}
+        assert exchanged == {f"blocks.{i}.{name}" for i in range(2) for name in LINEARS}
+        assert [name for name, _ in model.named_parameters()] == names
+
+
+LINEARS = ("attn.wq", "attn.wk", "attn.wv", "attn.gate", "attn.wo", "mlp.gate", "mlp.up", "mlp.down")
