@@ -2,11 +2,11 @@
 
     OMP_NUM_THREADS=1 python benchmarks/bench_restart.py [--tries 20]
 
-A try is one run of a small recipe (three phases, a checkpoint every second step, validation, alignment in the first phase, merging before the
-second) that is started again until it is done. Of each start but the last one rank, chosen at random, gets SIGKILL at a random moment after a
-random step, which falls into steps, samples and checkpoint writes (one time in five: while it starts); the others of its world are
-then ended as torchrun does. Half of the tries stay on one process and must end in the same bytes; the others take 1, 2 or 4 processes
-(gloo, FSDP2) for each start and must agree within rounding.
+A try is one run of a small recipe (three phases, a checkpoint every second step, validation, alignment in the first phase, merging before
+the second) that is started again until it is done. Of each start but the last one rank, chosen at random, gets SIGKILL at a random moment
+after a random step, which falls into steps, samples and checkpoint writes (one time in five: while it starts); the others of its world
+are then ended as torchrun does. Half of the tries stay on one process and must end in the same bytes; the others take 1, 2 or 4
+processes (gloo, FSDP2) for each start and must agree within rounding.
 Ranks are forks of this process, which has imported everything, so that a start takes no time.
 Appends one JSON line to benchmarks/results/restart.jsonl.
 """
