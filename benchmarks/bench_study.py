@@ -32,7 +32,7 @@ from curation.shards import write_bytes
 from curation.towers import EffNet, loaded
 from k2model import flow
 from k2model.data import Packed, to_images, to_pixels
-from k2model.dit import NANO, DiT
+from k2model.dit import Config, DiT
 from k2model.flops import train_flops
 from k2model.layouts import load_model
 from k2model.text import Encode, HashText
@@ -48,21 +48,25 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "study.jsonl"
 PRETRAIN = ROOT / "pipelines" / "policies" / "pretrain_256.sql"
 HEAP, NUM_TRAIN = 1200, 256  # images; of a pack
-STEPS, BATCH, LR = 500, 32, 2e-3
+SMALL = Config(  # 0.26 million parameters, a quarter of NANO: the most that so many runs leave time for
+    width=64, num_blocks=3, num_heads=2, num_kv_heads=1, text_dim=16, text_taps=4, text_heads=1, num_fusion_blocks=1, time_dim=64
+)
+TEXT = HashText(dim=16)
+STEPS, BATCH, LR = 1200, 16, 3e-3
 TIMES = (0.2, 0.4, 0.6, 0.8)  # at which held-out images are denoised
 TEXT_TOKENS = 5  # of the captions, about
-TOP_STEPS, TOP_BATCH = 250, 8  # of the run at 256 px from scratch, which sets the FLOPs of the curriculum
+TOP_STEPS, TOP_BATCH = 360, 8  # of the run at 256 px from scratch, which sets the FLOPs of the curriculum
 CURRICULUM = {64: (0.35, 32), 128: (0.30, 16), 256: (0.35, 8)}  # share of those FLOPs, images in a batch
 NUM_SAMPLES = 32  # per prompt
 NUM_EULER = 20
 COMPONENTS = 32  # of the Frechet distance
-RECIPE = """from k2model.dit import NANO
+RECIPE = """from k2model.dit import Config
 from k2model.text import HashText
 from k2model.vae import Pca
 from pipelines.recipes import Phase, TrainRecipe
 
 plan = TrainRecipe(
-    name={name!r}, model=NANO, text=HashText(), vae=Pca(), text_tokens={text_tokens}, seed={seed}, phases=({phases}),
+    name={name!r}, model={model!r}, text={text!r}, vae=Pca(), text_tokens={text_tokens}, seed={seed}, phases=({phases}),
     sample_every=10**9, sample_steps=4, checkpoint_every={every},
 )
 """
@@ -103,11 +107,11 @@ def brisque():
     return measure
 
 
-def packed(run: Path, arm: str, seed: int, resolution: int, batch: int, number: int) -> tuple[str, dict]:
+def packed(run: Path, arm: str, seed: int, resolution: int, batch: int, number: int, least: int = 0) -> tuple[str, dict]:
     """Filter and pack an arm; the policy's name and what the heap says about its images."""
     name = f"{arm.replace('+', '_')}_{resolution}_{seed if number < HEAP else 'all'}"
     policy = run / "policies" / f"{name}.sql"
-    write_bytes(arm_policy(arm, resolution, seed, number, PRETRAIN.read_text()).encode(), policy)
+    write_bytes(arm_policy(arm, resolution, seed, number, PRETRAIN.read_text(), least).encode(), policy)
     if filter(str(run), str(policy)) or pack(str(run), name, batch, ray="off", remainder="drop"):
         raise SystemExit("a verb failed; see above, then start again")
     truth = json.loads((run / "truth.json").read_text())
@@ -140,7 +144,9 @@ def phase(policy: str, resolution: int, steps: int, lr: float) -> str:
 def trained(run: Path, name: str, seed: int, phases: str, codec: Path, every: int) -> Path:
     """Run `k2 train` to its end; the folder of the run."""
     recipe, place = run / "recipes" / f"{name}.py", run / "train" / name
-    write_bytes(RECIPE.format(name=name, seed=seed, phases=phases, every=every, text_tokens=TEXT_TOKENS).encode(), recipe)
+    write_bytes(
+        RECIPE.format(name=name, seed=seed, phases=phases, every=every, text_tokens=TEXT_TOKENS, model=SMALL, text=TEXT).encode(), recipe
+    )
     write_bytes(codec.read_bytes(), place / "vae.safetensors")
     if train(str(run), f"{recipe}:plan", str(place), device="cpu", threads=1):
         raise SystemExit(f"{name} did not train; see above")
@@ -149,8 +155,8 @@ def trained(run: Path, name: str, seed: int, phases: str, codec: Path, every: in
 
 def curriculum_steps() -> dict[int, int]:
     """Steps per resolution of the curriculum, of the FLOPs of the run at the top resolution from scratch."""
-    total = TOP_STEPS * TOP_BATCH * train_flops(NANO, TEXT_TOKENS, 16 * 16)
-    cost = {side: batch * train_flops(NANO, TEXT_TOKENS, (side // 16) ** 2) for side, (_, batch) in CURRICULUM.items()}
+    total = TOP_STEPS * TOP_BATCH * train_flops(SMALL, TEXT_TOKENS, 16 * 16)
+    cost = {side: batch * train_flops(SMALL, TEXT_TOKENS, (side // 16) ** 2) for side, (_, batch) in CURRICULUM.items()}
     return {side: round(total * share / cost[side]) for side, (share, _) in CURRICULUM.items()}
 
 
@@ -203,7 +209,7 @@ class Judge:
     """Held-out families at one size, through the codec of the models that it judges."""
 
     def __init__(self, held: dict[str, Held], codec: Path, side: int):
-        self.codec, self.side, self.encode = load_pca(codec), side, HashText().load("cpu")
+        self.codec, self.side, self.encode = load_pca(codec), side, TEXT.load("cpu")
         pixels = {name: to_pixels(torch.from_numpy(family.at(side)).permute(0, 3, 1, 2)) for name, family in held.items()}
         self.latents = {name: self.codec.encode(values) for name, values in pixels.items()}
         self.captions = {name: [one.caption for one in family.pictures] for name, family in held.items()}
@@ -308,8 +314,8 @@ def heap_facts(run: Path) -> dict:
 
 
 def curriculum_arms(run: Path, held: dict[str, Held], seeds: int) -> None:
-    """64, 128, 256 px against 256 px from scratch, of equal FLOPs, on what the curated arm keeps (all of it)."""
-    packs = {side: packed(run, "curated", 0, side, batch, HEAP) for side, (_, batch) in CURRICULUM.items()}
+    """64, 128, 256 px against 256 px from scratch, of equal FLOPs, on what the curated arm keeps of at least 256 px."""
+    packs = {side: packed(run, "curated", 0, side, batch, HEAP, max(CURRICULUM)) for side, (_, batch) in CURRICULUM.items()}
     codec = shared_codec(run, [policy for policy, _ in packs.values()], "curriculum")
     judge, steps = Judge(held, codec, 256), curriculum_steps()
     lr = {64: LR, 128: LR / 2, 256: LR / 2}

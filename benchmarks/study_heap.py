@@ -187,11 +187,12 @@ def write_quality(run: Path, uids: Sequence[str], values: Sequence[float]) -> No
     write_table(table.sort_by("uid"), run / "annotations" / "quality" / "all.parquet", "brisque 0.2.0")
 
 
-def arm_policy(arm: str, resolution: int, seed: int, number: int, pretrain: str) -> str:
+def arm_policy(arm: str, resolution: int, seed: int, number: int, pretrain: str, least: int = 0) -> str:
     """The policy of an arm and a seed: its rules, and of what they keep the first `number` in an order that the seed makes.
 
     `pretrain` is the text of the policy pretrain_256, whose rules the curated arms take over, with the resolution changed where they
     name it. The arm `removed` has what those rules take out: a control that shows what a pack of nothing else does.
+    With `least` only images of at least so many pixels a side, so that packs of several resolutions can have the same images.
     """
     plain = (
         "SELECT basics.uid, basics.error IS NULL AS decoded, buckets.scale >= 1 AS large_enough\nFROM basics LEFT JOIN buckets USING (uid)"
@@ -204,6 +205,8 @@ def arm_policy(arm: str, resolution: int, seed: int, number: int, pretrain: str)
         shown = {"decoded": "decoded", "is_removed": f"NOT coalesce({' AND '.join(names)}, false)"}
     if arm.endswith("quality"):
         shown["good_quality"] = f"brisque <= (SELECT quantile_cont(brisque, {BEST}) FROM quality)"
+    if least:
+        shown["side_enough"] = f"uid IN (SELECT uid FROM basics WHERE least(width, height) >= {least})"
     columns = ", ".join(name if rule == name else f"{rule} AS {name}" for name, rule in shown.items())
     return (
         f"-- resolution: {resolution}\n-- Arm {arm} of the study, seed {seed}: {number} images of those that the rules keep.\n"

@@ -15,7 +15,6 @@ import study_plots  # noqa: E402
 
 from curation import diversity  # noqa: E402
 from curation.rules import Policy, rules  # noqa: E402
-from k2model.dit import NANO  # noqa: E402
 from k2model.flops import train_flops  # noqa: E402
 
 PRETRAIN = (ROOT / "pipelines" / "policies" / "pretrain_256.sql").read_text()
@@ -118,6 +117,8 @@ def test_differences_are_paired_by_seed():
 
 def test_the_curriculum_has_the_flops_of_the_run_from_scratch():
     steps = bench_study.curriculum_steps()
-    each = {side: bench_study.CURRICULUM[side][1] * train_flops(NANO, bench_study.TEXT_TOKENS, (side // 16) ** 2) for side in steps}
-    total = bench_study.TOP_STEPS * bench_study.TOP_BATCH * train_flops(NANO, bench_study.TEXT_TOKENS, 256)
+    each = {
+        side: bench_study.CURRICULUM[side][1] * train_flops(bench_study.SMALL, bench_study.TEXT_TOKENS, (side // 16) ** 2) for side in steps
+    }
+    total = bench_study.TOP_STEPS * bench_study.TOP_BATCH * train_flops(bench_study.SMALL, bench_study.TEXT_TOKENS, 256)
     assert sum(steps[side] * each[side] for side in steps) == pytest.approx(total, rel=0.01)
