@@ -170,17 +170,17 @@ def checkpoints(place: Path) -> Iterator[tuple[int, DiT]]:
 
 
 @torch.no_grad()
-def held_out_loss(model: DiT, encode: Encode, latents: Tensor, captions: list[str]) -> float:
-    """Mean velocity error of latents (N, 16, H, W) over TIMES; the noise is a function of time and place, the same for any model."""
-    total = 0.0
+def held_out_losses(model: DiT, encode: Encode, latents: Tensor, captions: list[str]) -> Tensor:
+    """(N,) velocity error of latents (N, 16, H, W), a mean over TIMES; the noise is that of time and place, for any model."""
+    total = torch.zeros(len(latents))
     for time_ in TIMES:
         noise = flow.draw(0, round(time_ * 10), [str(i) for i in range(len(latents))], tuple(latents.shape[1:]), 0.5).noise
         for part in torch.arange(len(latents)).split(16):
             t = torch.full((len(part),), time_)
             text, mask = encode([captions[i] for i in part])
             velocity = model(flow.noisy(latents[part], noise[part], t), t, text, mask)
-            total += float((velocity - (noise[part] - latents[part])).square().mean((1, 2, 3)).sum())
-    return total / len(latents) / len(TIMES)
+            total[part] += (velocity - (noise[part] - latents[part])).square().mean((1, 2, 3)) / len(TIMES)
+    return total
 
 
 @torch.no_grad()
@@ -208,11 +208,13 @@ def embedded(pictures: np.ndarray) -> np.ndarray:
 class Judge:
     """Held-out families at one size, through the codec of the models that it judges."""
 
-    def __init__(self, held: dict[str, Held], codec: Path, side: int):
+    def __init__(self, held: dict[str, Held], codec: Path, side: int, embed: bool = True):
         self.codec, self.side, self.encode = load_pca(codec), side, TEXT.load("cpu")
         pixels = {name: to_pixels(torch.from_numpy(family.at(side)).permute(0, 3, 1, 2)) for name, family in held.items()}
         self.latents = {name: self.codec.encode(values) for name, values in pixels.items()}
         self.captions = {name: [one.caption for one in family.pictures] for name, family in held.items()}
+        if not embed:
+            return
         through = {name: to_images(self.codec.decode(latents)) for name, latents in self.latents.items()}
         self.vectors = {name: embedded(values) for name, values in through.items()}
         everything = np.concatenate([*self.vectors.values()])
@@ -220,7 +222,8 @@ class Judge:
         self.basis = np.linalg.svd(everything - self.mean, full_matrices=False)[2][:COMPONENTS]
 
     def losses(self, model: DiT) -> dict[str, float]:
-        return {name: round(held_out_loss(model, self.encode, x, self.captions[name]), 5) for name, x in self.latents.items()}
+        losses = {name: held_out_losses(model, self.encode, x, self.captions[name]) for name, x in self.latents.items()}
+        return {name: round(float(values.mean()), 5) for name, values in losses.items()}
 
     def figures(self, vectors: np.ndarray) -> dict[str, float]:
         """Of vectors (N, d) alone: distance to every family, variety."""
