@@ -278,7 +278,7 @@ def has(**keys: object) -> bool:
     return any(all(line.get(name) == value for name, value in keys.items()) for line in done())
 
 
-def data_arms(run: Path, held: dict[str, Held], seeds: int) -> None:
+def data_arms(run: Path, held: dict[str, Held], seeds: int, first: int = 0) -> None:
     """Every arm and seed at 64 px."""
     packs = {(arm, seed): packed(run, arm, seed, 64, BATCH, NUM_TRAIN) for seed in range(seeds) for arm in ARMS}
     short = {key: facts["images"] for key, (_, facts) in packs.items() if facts["images"] != NUM_TRAIN}
@@ -290,12 +290,12 @@ def data_arms(run: Path, held: dict[str, Held], seeds: int) -> None:
         sizes = {name: len(family.pictures) for name, family in held.items()}
         record({"experiment": "yardsticks", "side": 64, "held_out": sizes, "heap": heap_facts(run)} | judge.yardsticks())
     for (arm, seed), (policy, facts) in packs.items():
-        if has(experiment="data", arm=arm, seed=seed):
+        if seed < first or has(experiment="data", arm=arm, seed=seed):
             continue
         clock = time.process_time()
         place = trained(run, f"data-{policy}", seed, phase(policy, 64, STEPS, LR), codec, STEPS // 4)
         spent = time.process_time() - clock
-        sheet = ROOT / "docs" / "images" / f"study_{arm.replace('+', '_')}.png" if seed == 0 else None
+        sheet = ROOT / "docs" / "images" / f"study_samples_{arm.replace('+', '_')}.png" if seed == 0 else None
         found = judge.judged(place, sheet)
         record({"experiment": "data", "arm": arm, "seed": seed, "steps": STEPS, **facts, **found, "cpu_seconds": round(spent, 1)})
 
@@ -334,19 +334,22 @@ def curriculum_arms(run: Path, held: dict[str, Held], seeds: int) -> None:
             place = trained(run, f"{arm}-{seed}", seed, phases, codec, 10**9)
             spent = time.process_time() - clock
             number = sum(steps[side] * batch for side, (_, batch) in CURRICULUM.items()) if arm == "curriculum" else TOP_STEPS * TOP_BATCH
-            found = judge.judged(place, ROOT / "docs" / "images" / f"study_{arm}.png" if seed == 0 else None)
+            found = judge.judged(place, ROOT / "docs" / "images" / f"study_samples_{arm}.png" if seed == 0 else None)
             facts = {"steps": steps if arm == "curriculum" else {256: TOP_STEPS}, "images_seen": number}
             facts["packs"] = {side: facts_["images"] for side, (_, facts_) in packs.items()}
             record({"experiment": "curriculum", "arm": arm, "seed": seed, **facts, **found, "cpu_seconds": round(spent, 1)})
 
 
-def main(images: str = "", run: str = "", seeds: int = 3, parts: tuple[str, ...] = ("data", "curriculum"), report: bool = False) -> None:
+def main(
+    images: str = "", run: str = "", seeds: int = 3, first: int = 0, parts: tuple[str, ...] = ("data", "curriculum"), report: bool = False
+) -> None:
     """Measure what is not yet in the results, draw, and print the tables.
 
     Args:
         images: A folder with a MANIFEST.tsv.
         run: A run folder for heap, packs and checkpoints.
         seeds: Of the draw from each arm's pool, of weights, order and noise.
+        first: The data arms start with this seed, so that two processes can share them.
         parts: data, curriculum.
         report: Only draw and print.
     """
@@ -354,7 +357,7 @@ def main(images: str = "", run: str = "", seeds: int = 3, parts: tuple[str, ...]
     if not report:
         held = prepare(images, Path(run))
         if "data" in parts:
-            data_arms(Path(run), held, seeds)
+            data_arms(Path(run), held, seeds, first)
         if "curriculum" in parts:
             curriculum_arms(Path(run), held, seeds)
     lines = done()

@@ -27,13 +27,15 @@ SHEET = 6  # pictures in a row of a sheet
 
 
 def sheet(pictures: np.ndarray, path: Path) -> None:
-    """The first SHEET pictures of every prompt, uint8 (P, N, H, H, 3), a row for a prompt, as a PNG."""
-    rows = [np.concatenate([np.pad(one, ((1, 1), (1, 1), (0, 0)), constant_values=255) for one in row[:SHEET]], 1) for row in pictures]
+    """The first pictures of every prompt, uint8 (P, N, H, H, 3), a row for a prompt, as a PNG of few colours."""
+    large = pictures.shape[2] > 128
+    count = SHEET - 2 * large
+    rows = [np.concatenate([np.pad(one, ((1, 1), (1, 1), (0, 0)), constant_values=255) for one in row[:count]], 1) for row in pictures]
     grid = Image.fromarray(np.concatenate(rows))
-    if grid.width > 800:
+    if large:
         grid = grid.resize((grid.width // 2, grid.height // 2), Image.Resampling.BOX)
     path.parent.mkdir(parents=True, exist_ok=True)
-    grid.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+    grid.quantize(64 if large else 256, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 def value(line: dict, name: str) -> float:
@@ -78,6 +80,27 @@ def table(arms: dict[str, dict[int, dict]], base: str) -> str:
     return "\n".join(lines)
 
 
+def strata(lines: Sequence[dict]) -> str:
+    """A Markdown table of the losses of parts of the held-out families: of every arm the mean difference to `uncurated` of the same seed,
+    with its standard deviation over seeds, in thousandths; in bold as in `table`."""
+    arms = gathered(lines, "strata")
+    first = next(iter(arms["uncurated"].values()))["loss"]
+    others = [arm for arm in arms if arm != "uncurated"]
+    rows = ["| held-out images | number | " + " | ".join(others) + " |", "|---|---|" + "---|" * len(others)]
+    for family, parts in first.items():
+        for part, (_, number) in parts.items():
+            cells = []
+            for arm in others:
+                seeds = sorted(set(arms[arm]) & set(arms["uncurated"]))
+                pairs = [(arms[arm][seed]["loss"][family][part][0], arms["uncurated"][seed]["loss"][family][part][0]) for seed in seeds]
+                values = [1000 * (mine - base) for mine, base in pairs]
+                mean, half = interval(values)
+                text = f"{mean:+.0f} ± {np.std(values, ddof=min(1, len(values) - 1)):.0f}"
+                cells.append(f"**{text}**" if abs(mean) > half else text)
+            rows.append(f"| {family}, {part} | {number} | " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
 def tables(lines: Sequence[dict]) -> str:
     """All tables as Markdown, with the number of seeds."""
     texts = []
@@ -85,6 +108,8 @@ def tables(lines: Sequence[dict]) -> str:
         arms = gathered(lines, experiment)
         if base in arms:
             texts.append(f"{experiment}: {', '.join(f'{arm} {len(runs)} seeds' for arm, runs in arms.items())}\n\n{table(arms, base)}")
+    if "uncurated" in gathered(lines, "strata"):
+        texts.append("strata: loss less that of uncurated, in thousandths\n\n" + strata(lines))
     return "\n\n".join(texts)
 
 
