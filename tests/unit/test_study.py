@@ -85,9 +85,18 @@ def test_the_policy_of_an_arm_is_a_policy_of_its_resolution(arm: str):
     assert "text_height * 256" not in policy.sql
 
 
-def test_seeds_draw_other_images_and_numbers_other_sizes():
-    policies = {study_heap.arm_policy("curated", 64, seed, number, PRETRAIN) for seed in (0, 1) for number in (10, 20)}
-    assert len(policies) == 4
+def test_seeds_order_and_numbers_cut_otherwise():
+    def without_comments(seed: int, number: int) -> str:
+        lines = study_heap.arm_policy("curated", 64, seed, number, PRETRAIN).splitlines()
+        return "\n".join(line for line in lines if not line.startswith("--"))
+
+    assert len({without_comments(seed, number) for seed in (0, 1) for number in (10, 20)}) == 4
+
+
+def test_a_least_side_is_a_rule_of_its_own():
+    sql = study_heap.arm_policy("curated", 64, 0, 10, PRETRAIN, 256)
+    assert "least(width, height) >= 256" in sql
+    assert "side_enough" in [rule.name for rule in rules(sql)]
 
 
 def test_the_shares_of_the_heap_add_up():
