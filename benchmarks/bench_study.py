@@ -56,6 +56,7 @@ STEPS, BATCH, LR = 1200, 16, 3e-3
 TIMES = (0.2, 0.4, 0.6, 0.8)  # at which held-out images are denoised
 TEXT_TOKENS = 5  # of the captions, about
 TOP_STEPS, TOP_BATCH = 360, 8  # of the run at 256 px from scratch, which sets the FLOPs of the curriculum
+LONGER = 1.6  # times the FLOPs
 CURRICULUM = {64: (0.35, 32), 128: (0.30, 16), 256: (0.35, 8)}  # share of those FLOPs, images in a batch
 NUM_SAMPLES = 32  # per prompt
 NUM_EULER = 20
@@ -317,25 +318,27 @@ def heap_facts(run: Path) -> dict:
 
 
 def curriculum_arms(run: Path, held: dict[str, Held], seeds: int) -> None:
-    """64, 128, 256 px against 256 px from scratch, of equal FLOPs, on what the curated arm keeps of at least 256 px."""
+    """64, 128, 256 px against 256 px from scratch, of equal FLOPs, on what the curated arm keeps of at least 256 px; and `longer`, 256 px
+    from scratch for about the curriculum's processor time, because small batches of few tokens reach fewer FLOPs per second."""
     packs = {side: packed(run, "curated", 0, side, batch, HEAP, max(CURRICULUM)) for side, (_, batch) in CURRICULUM.items()}
     codec = shared_codec(run, [policy for policy, _ in packs.values()], "curriculum")
     judge, steps = Judge(held, codec, 256), curriculum_steps()
     lr = {64: LR, 128: LR / 2, 256: LR / 2}
+    longer = round(LONGER * TOP_STEPS)
     arms = {
-        "scratch": phase(packs[256][0], 256, TOP_STEPS, LR),
-        "curriculum": "".join(phase(packs[side][0], side, steps[side], lr[side]) for side in CURRICULUM),
+        "scratch": ({256: TOP_STEPS}, phase(packs[256][0], 256, TOP_STEPS, LR)),
+        "curriculum": (steps, "".join(phase(packs[side][0], side, steps[side], lr[side]) for side in CURRICULUM)),
+        "longer": ({256: longer}, phase(packs[256][0], 256, longer, LR)),
     }
     for seed in range(seeds):
-        for arm, phases in arms.items():
+        for arm, (numbers, phases) in arms.items():
             if has(experiment="curriculum", arm=arm, seed=seed):
                 continue
             clock = time.process_time()
             place = trained(run, f"{arm}-{seed}", seed, phases, codec, 10**9)
             spent = time.process_time() - clock
-            number = sum(steps[side] * batch for side, (_, batch) in CURRICULUM.items()) if arm == "curriculum" else TOP_STEPS * TOP_BATCH
-            found = judge.judged(place, ROOT / "docs" / "images" / f"study_samples_{arm}.png" if seed == 0 else None)
-            facts = {"steps": steps if arm == "curriculum" else {256: TOP_STEPS}, "images_seen": number}
+            found = judge.judged(place, ROOT / "docs" / "images" / f"study_samples_{arm}.png" if seed == 0 and arm != "longer" else None)
+            facts = {"steps": numbers, "images_seen": sum(number * CURRICULUM[side][1] for side, number in numbers.items())}
             facts["packs"] = {side: facts_["images"] for side, (_, facts_) in packs.items()}
             record({"experiment": "curriculum", "arm": arm, "seed": seed, **facts, **found, "cpu_seconds": round(spent, 1)})
 

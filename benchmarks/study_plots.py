@@ -13,7 +13,7 @@ from curation import plots
 FAMILIES = ("photographs", "styled", "art")
 COLOURS = {
     **{"uncurated": plots.GREY, "quality": plots.ORANGE, "curated": plots.BLUE, "curated+quality": plots.PURPLE, "removed": plots.INK},
-    **{"scratch": plots.ORANGE, "curriculum": plots.BLUE},
+    **{"scratch": plots.ORANGE, "curriculum": plots.BLUE, "longer": plots.PURPLE},
 }
 FIGURES = {  # of a line -> what the tables call it
     **{f"loss.{name}": f"loss, {name}" for name in FAMILIES},
