@@ -79,6 +79,8 @@ def train(
         raise ValueError(
             f"--base is for LoRA recipes; {plan.name} trains a whole model. Leave it out, or give --recipe lora-nano or lora-k2"
         )
+    if plan.latents and any(phase.align for phase in plan.phases):
+        raise ValueError(f"recipe {plan.name} reads latents, and its teacher needs images. Leave out latents or align")
     place = Path(out) if out else Path(data) / "train" / plan.name
     spans = curriculum(plan, data)
     if dry_run:
@@ -94,12 +96,15 @@ def train(
     if threads is not None:
         torch.set_num_threads(threads)
     world = parallel.start(device, tp)
-    try:
-        for span in spans:
-            check_world(span.phase.num_groups, world.size)
-        return run(plan, spans, place, Machine(world, max_rows, decoders, tensorboard, wandb), base, digest)
-    finally:
-        world.stop()
+    if plan.lora and world.size > 1:
+        raise ValueError(
+            f"recipe {plan.name} trains a LoRA, which runs in one process; {world.size} were started. Start it without torchrun"
+        )
+    for span in spans:
+        check_world(span.phase.num_groups, world.size)
+    code = run(plan, spans, place, Machine(world, max_rows, decoders, tensorboard, wandb), base, digest)
+    world.stop()  # waits for all; a rank that fails must not come here
+    return code
 
 
 def curriculum(plan: TrainRecipe, data: str) -> list[Span]:

@@ -26,7 +26,7 @@ from k2model.loader import Loader
 from k2model.merge import merge, weights_of
 from k2model.order import Order
 from k2model.parallel import World
-from k2model.text import Encode
+from k2model.text import Encode, Qwen3VLText
 from k2model.vae import Pca, fit_pca, load_pca
 from pipelines import train_plots
 from pipelines.latents import check_latents
@@ -106,6 +106,8 @@ def run(plan: TrainRecipe, spans: list[Span], place: Path, machine: Machine, bas
         return 0
     clock = time.perf_counter()
     encode = plan.text.load(world.device)  # weights may be missing: find out before anything is written
+    if isinstance(plan.text, Qwen3VLText):
+        parallel.shard_encoder(encode.model, world)
     codec = None if isinstance(plan.vae, Pca) else plan.vae.load(world.device)
     if first:
         check_description(place, description)

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import small_krea
 import torch
 from e2e.test_train import losses, tiny_recipe
 from packed_world import landscapes, make_packed
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from curation.towers import Compact
 from k2model.align import Irepa
+from k2model.vae import QwenImageVae
 from pipelines import train as verb
 from pipelines import train_recipes
 from pipelines.latents import write_latents
@@ -161,3 +163,24 @@ def test_tensorboard_has_every_step_once_after_a_resume(data, tmp_path, monkeypa
     events = EventAccumulator(str(again / "tensorboard"))
     events.Reload()
     assert [event.step for event in events.Scalars("loss")] == list(range(1, 11))
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", "float32"), ("bf16", "bfloat16")])
+def test_the_kinds_of_text_encoder_and_autoencoder_of_the_release_train_with_recomputation(data, tmp_path, monkeypatch, precision, dtype):
+    text = replace(small_krea.saved_qwen(tmp_path / "qwen"), dtype=dtype)
+    small_krea.vae().save_pretrained(tmp_path / "vae")
+    changes = {"model": small_krea.CONFIG, "text": text, "vae": QwenImageVae(str(tmp_path), dtype=dtype)}
+    out = {}
+    for mode in ("none", "selective", "full"):
+        both = {"precision": precision, "checkpointing": mode}
+        out[mode] = trained(monkeypatch, data, tmp_path / mode, recipe(f"release-{mode}", both=both, **changes))
+    assert losses(out["none"])[-1]["loss"] < 3
+    for mode in ("selective", "full"):
+        assert losses(out[mode]) == losses(out["none"]), "what is computed twice is computed alike"
+
+
+def test_latents_with_a_teacher_are_refused_before_anything_starts(data, tmp_path, monkeypatch):
+    plan = recipe("both", latents=True, first={"align": Irepa(TowerTeacher(Compact()), block=1)})
+    with pytest.raises(ValueError, match="Leave out latents or align"):
+        trained(monkeypatch, data, tmp_path, plan)
+    assert not list(tmp_path.iterdir())
