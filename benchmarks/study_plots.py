@@ -73,7 +73,8 @@ def table(arms: dict[str, dict[int, dict]], base: str) -> str:
         cells = []
         for arm, runs in arms.items():
             values = [value(line, name) for line in runs.values()]
-            text = f"{np.mean(values):.4g} ± {np.std(values, ddof=min(1, len(values) - 1)):.2g}"
+            spread = f" ± {np.std(values, ddof=1):.2g}" if len(values) > 1 else ""
+            text = f"{np.mean(values):.4g}{spread}"
             mean, half = interval(paired(arms, arm, base, name)) if arm != base else (0.0, 0.0)
             cells.append(f"**{text}**" if arm != base and abs(mean) > half else text)
         lines.append(f"| {words} | " + " | ".join(cells) + " |")
@@ -141,7 +142,7 @@ def panels(arms: dict[str, dict[int, dict]], base: str, path: Path) -> None:
             axis.plot(i + np.linspace(-0.12, 0.12, len(values)), values, ".", color=COLOURS[arm], alpha=0.5, markersize=5)
             axis.errorbar(i, values.mean(), values.std(ddof=min(1, len(values) - 1)), fmt="_", color=COLOURS[arm], capsize=4, markersize=14)
         axis.set_title(words.replace("distance to", "distance\nto"), fontsize=9)
-        axis.set_xticks(range(len(arms)), [arm.replace("+", "\n+ ") for arm in arms], fontsize=7, rotation=30)
+        axis.set_xticks(range(len(arms)), [*arms], fontsize=7, rotation=35, ha="right", rotation_mode="anchor")
         axis.set_xlim(-0.6, len(arms) - 0.4)
         axis.tick_params(axis="y", labelsize=7)
     path.parent.mkdir(parents=True, exist_ok=True)

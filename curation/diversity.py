@@ -4,7 +4,7 @@ All are functions of float arrays (N, d), one row per image, of any one tower. N
 """
 
 import numpy as np
-from scipy.spatial.distance import cdist, pdist
+from scipy.spatial.distance import pdist
 
 
 def kernel_distance(x: np.ndarray, y: np.ndarray) -> float:
@@ -60,8 +60,3 @@ def vendi_score(x: np.ndarray) -> float:
 def mean_cosine_distance(x: np.ndarray) -> float:
     """Mean of 1 - cosine over all pairs of rows (N, d): 0 for one picture over and over. N of at least 2."""
     return float(pdist(x.astype(np.float64), "cosine").mean())
-
-
-def nearest_distance(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """(N,) 1 - cosine of every row of x (N, d) to the nearest row of y (M, d): small where samples repeat the images of y."""
-    return cdist(x.astype(np.float64), y.astype(np.float64), "cosine").min(1)
