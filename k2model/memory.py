@@ -189,7 +189,7 @@ def _measured(run: Callable[[], tuple[Tensor, ...]], model: nn.Module, context: 
 
 def _places(config: Config, num_images: int, image_tokens: int, text_tokens: int) -> tuple[Any, Any]:
     """The `Tokens` of a batch without and with images, as the model makes them: from the narrowest model with such heads."""
-    heads = {"num_heads": 1, "num_kv_heads": 1, "width": config.head_dim, "num_blocks": 2}  # the last block is not like the others
+    heads = {"num_heads": 1, "num_kv_heads": 1, "width": config.head_dim, "num_blocks": 2}  # two: the last may do less
     texts = {"text_dim": 8, "text_taps": 1, "text_heads": 1, "fusion_width": None, "num_fusion_blocks": 1}
     small = DiT(replace(config, **heads, **texts, time_dim=8))
     seen: list[Any] = []
