@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -295,7 +296,8 @@ def validate(job: Job, span: Span, parts: Parts) -> dict[str, Any]:
 
     parts.model.eval()
     with parallel.autocast(world, span.phase.precision):
-        sums = validation.validation_sums(parts.model, batches(), VALIDATION_TIMES, job.plan.seed)
+        velocity = partial(parts.model, kernel=parts.kernel)
+        sums = validation.validation_sums(velocity, batches(), VALIDATION_TIMES, job.plan.seed)
     parts.model.train()
     return validation.losses(parallel.reduce(sums.to(world.device), world).cpu())
 

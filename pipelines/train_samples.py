@@ -37,7 +37,7 @@ def samples(parts: Parts, plan: TrainRecipe, phase: Phase, packed: Packed, path:
 
     def velocity(captions: list[str]) -> flow.Velocity:
         text, mask = parts.encode(captions)
-        return lambda x, t: parts.model(x, t, text, mask)
+        return lambda x, t: parts.model(x, t, text, mask, parts.kernel)
 
     parts.model.eval()
     with parallel.autocast(parts.world, phase.precision):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from k2model import align, flow, lora, optim, parallel
+from k2model.attention import Kernel, by_segment, variable_length
 from k2model.checkpoint import Checkpoint
 from k2model.data import to_pixels
 from k2model.dit import DiT
@@ -67,6 +68,7 @@ class Parts(NamedTuple):
     world: World
     ledger: Ledger
     alignment: Alignment | None
+    kernel: Kernel
 
 
 class Result(NamedTuple):
@@ -104,7 +106,8 @@ def build(
     alignment = Alignment(phase.align, model, plan, phase.lr, world) if aligned else None
     groups = [group for packed in order.sets for group in packed.groups]
     ledger = Ledger([bucket_of(group) for group in groups], [name for name, _ in phase.mixture], device=world.device)
-    return Parts(model, optimizer, codec, encode, world, ledger, alignment)
+    kernel = variable_length if world.device.type == "cuda" and phase.precision != "fp32" else by_segment
+    return Parts(model, optimizer, codec, encode, world, ledger, alignment, kernel)
 
 
 def bucket_of(group: dict) -> str:
@@ -140,7 +143,7 @@ def train_step(
             text, mask = parts.encode(["" if drop else caption for drop, caption in zip(dropped, batch.captions, strict=True)])
         noise, t, valid = draw.noise.to(device), draw.t.to(device), batch.num_valid
         with parallel.autocast(world, phase.precision):
-            velocity = parts.model(flow.noisy(clean, noise, t), t, text, mask)
+            velocity = parts.model(flow.noisy(clean, noise, t), t, text, mask, parts.kernel)
             aligned = alignment.loss(batch.images, clean) if alignment else torch.zeros(len(t), device=device)
         each = flow.loss(velocity, clean, noise)
         weight = (torch.arange(len(each), device=device) < valid) / num_images
