@@ -99,8 +99,8 @@ def k2_1b() -> TrainRecipe:
     The curriculum of `k2` with a smaller one's numbers, which are ours: pack with `--batch-size` 32, 16 and 8; global batches of 256,
     128 and 64 images see 51, 6 and 1 million: 63 % of the FLOPs are at 256 px. Learning rate 2e-4 (models of about 1B use 1e-4
     to 3e-4), halved per doubling of the side. The text fusion is narrowed (`k2model.dit.K2_1B`), the text encoder is K2's own.
-    bf16, and selective recomputation, throughout: 26 to 37 GiB by the plan of `--dry-run`, with text encoder and VAE about 10 more. Not run:
-    no GPU was at hand.
+    bf16 and selective recomputation throughout: 27 to 37 GiB by the plan of `--dry-run`, with text encoder and VAE about 10 more.
+    Not run: no GPU was at hand.
     """
     from k2model.dit import K2_1B
 
