@@ -13,8 +13,9 @@ import tyro
 import yaml
 from torch.distributed.run import get_args_parser
 
-from pipelines import cluster, recipes, survival
+from pipelines import cluster, survival
 from pipelines.train import train
+from pipelines.train_recipes import TRAIN
 
 LAUNCH = Path(__file__).parents[2] / "docs" / "launch"
 SCRIPTS = [LAUNCH / "torchrun.sh", LAUNCH / "train.sbatch"]
@@ -29,7 +30,7 @@ def filled(command: str) -> str:
 
 def check_train(arguments: list[str]) -> None:
     given = tyro.cli(functools.wraps(train)(lambda **given: given), args=arguments)
-    assert given["recipe"] in recipes.TRAIN and given["data"] and given["out"]
+    assert given["recipe"] in TRAIN and given["data"] and given["out"]
 
 
 def check_torchrun(arguments: list[str]):
