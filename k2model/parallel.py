@@ -103,7 +103,11 @@ def start(device: str = "auto", tp: int = 1, timeout: float = 600) -> World:
     limit = timedelta(seconds=timeout)
     ours = not dist.is_initialized()
     if ours:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=limit)
+        # torchrun's store lives as long as torchrun, and holds the addresses of ranks of the attempt before: they must not be called.
+        store, rank, size = next(dist.rendezvous("env://", timeout=limit))
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
     mesh = init_device_mesh(device, (size // tp, tp) if tp > 1 else (size,), mesh_dim_names=("dp", "tp") if tp > 1 else ("dp",))
     writers = dist.new_group(backend="gloo", timeout=timedelta(hours=1))  # a rank may wait an hour for the disk of another
     return World(mesh.get_local_rank("dp"), mesh["dp"].size(), place, mesh, writers, ours)
@@ -339,6 +343,6 @@ def autocast(world: World, precision: Precision) -> torch.autocast:
 
 
 def barrier(world: World) -> None:
-    """Wait for all processes."""
+    """Wait for all processes, for an hour at most: one may be busy with a disk."""
     if world.mesh is not None:
-        dist.barrier()
+        dist.barrier(group=world.writers)

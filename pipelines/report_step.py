@@ -1,7 +1,7 @@
 """`k2 report --step`: from a step of a training run back to its images, with every annotation that the run folder has of them.
 
-A step's row of metrics.jsonl holds its phase and the number of its global batch there; which images that is, the order says
-(k2model.order), so nothing is searched and nothing had to be remembered while training.
+Which images a step saw is a function of recipe, packed sets and step (k2model.order), so nothing is searched and nothing had to be
+remembered while training; metrics.jsonl adds the losses.
 """
 
 import io
@@ -22,6 +22,7 @@ from curation.printable import printable
 from curation.shards import write_bytes
 from k2model.order import Order
 from pipelines import recipes
+from pipelines.metrics import read_rows
 from pipelines.report import breakable, picture
 from pipelines.train import curriculum
 from pipelines.train_recipes import TRAIN, TrainRecipe
@@ -45,9 +46,9 @@ def report_step(run: str, step: int, training: str | None = None, recipe: str | 
         ValueError: there is no such step, or the run was packed or described anew since.
     """
     place = training_folder(run, training)
-    metrics = step_metrics(place, step)
-    order = order_of(run, place, recipe, metrics["phase"])
-    return write(run, place, metrics, step_images(order, metrics["index"]))
+    phase, index, order = where(run, place, recipe, step)
+    metrics = {"step": step, "phase": phase, "index": index} | step_metrics(place, step)
+    return write(run, place, metrics, step_images(order, index))
 
 
 def training_folder(run: str, training: str | None) -> Path:
@@ -66,40 +67,39 @@ def training_folder(run: str, training: str | None) -> Path:
 
 
 def step_metrics(place: Path, step: int) -> dict[str, Any]:
-    """The row of metrics.jsonl of one step: step, phase, index (global batch of the phase), loss and what else is there."""
-    last = None
-    with open(place / "metrics.jsonl") as lines:
-        for line in lines:
-            try:
-                row = json.loads(line)
-            except ValueError:  # a run that is still going writes its last line
-                continue
-            if row["step"] == step:
-                if "index" not in row:
-                    raise ValueError(f"{place}/metrics.jsonl has no `index` at step {step}: it was trained before that was written down")
-                return row
-            last = row["step"]
-    raise ValueError(f"there is no step {step} in {place}/metrics.jsonl; its last step is {last}")
+    """The row of metrics.jsonl of one step; nothing of the step after the last row, which may have stopped the run."""
+    rows = read_rows(place / "metrics.jsonl")
+    found = next((row for row in rows if row["step"] == step), {})
+    last = rows[-1]["step"] if rows else 0
+    if not found and step != last + 1:
+        raise ValueError(f"there is no step {step} in {place}/metrics.jsonl; its last step is {last}")
+    return found
 
 
-def order_of(run: str, place: Path, recipe: str | None, phase: str) -> Order:
-    """The order of one phase of a training run.
+def where(run: str, place: Path, recipe: str | None, step: int) -> tuple[str, int, Order]:
+    """Phase, number of the global batch there, and order of a step of a training run: from recipe and packed sets alone.
 
     Raises:
-        ValueError: the packed set is not the one that was trained on, or the recipe has no such phase.
+        ValueError: a packed set is not the one that was trained on, or the recipe has no such step.
     """
     description = json.loads((place / "run.json").read_text())["description"]
     plan: TrainRecipe = recipes.find(recipe or description["recipe"]["name"], TRAIN)
-    span = next((span for span in curriculum(plan, run) if span.phase.name == phase), None)
+    spans = curriculum(plan, run)
+    span = next((span for span in spans if span.start < step <= span.end), None)
     if span is None:
-        raise ValueError(f"recipe {plan.name} has no phase {phase!r}; give the recipe that was trained with --recipe my.py:name")
-    for packed, trained in zip(span.order.sets, description["packed"][phase], strict=True):
-        if trained != packed.fingerprint:
+        raise ValueError(
+            f"recipe {plan.name} has steps 1 to {spans[-1].end}, not {step}; was it trained with another one (--recipe my.py:name)?"
+        )
+    trained = description["packed"].get(span.phase.name)
+    if trained is None or len(trained) != len(span.order.sets):
+        raise ValueError(f"{place} was trained without phase {span.phase.name!r} as recipe {plan.name} has it; name its own with --recipe")
+    for packed, fingerprint in zip(span.order.sets, trained, strict=True):
+        if fingerprint != packed.fingerprint:
             raise ValueError(
                 f"{packed.directory} was packed anew since step 1: its fingerprint is {packed.fingerprint}, and {place} was trained "
-                f"on {trained}. Pack again with the selection of then, which gives the same bytes"
+                f"on {fingerprint}. Pack again with the selection of then, which gives the same bytes"
             )
-    return span.order
+    return span.phase.name, step - 1 - span.start, span.order
 
 
 def step_images(order: Order, index: int) -> list[dict[str, Any]]:

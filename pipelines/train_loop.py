@@ -196,7 +196,7 @@ def run_phase(job: Job, span: Span, parts: Parts, done: int) -> tuple[int, int |
             done += 1
             seconds, waiting = time.perf_counter() - clock, loader.waited - waited
             at_end = done == span.end
-            row = row_of(span, result, done, index, lr, seconds, waiting, world)
+            row = row_of(span, result, done, index, lr, seconds, waiting, machine)
             if order.held_out and (done % plan.validate_every == 0 or at_end):
                 with job.watchdog.allowing(AN_HOUR):
                     row["validation"] = validate(job, span, parts)
@@ -240,9 +240,11 @@ def not_finite(span: Span, result: Result, done: int, index: int) -> str:
     )
 
 
-def row_of(span: Span, result: Result, done: int, index: int, lr: float, seconds: float, waiting: float, world: World) -> dict[str, Any]:
+def row_of(
+    span: Span, result: Result, done: int, index: int, lr: float, seconds: float, waiting: float, machine: Machine
+) -> dict[str, Any]:
     """A row of metrics.jsonl."""
-    images = span.order.num_images(index)
+    images, world = span.order.num_images(index), machine.world
     row = {
         "step": done,
         "phase": span.phase.name,
@@ -262,7 +264,7 @@ def row_of(span: Span, result: Result, done: int, index: int, lr: float, seconds
     }
     if result.align is not None:
         row["align"] = result.align
-    if world.size == 1 and len(result.losses) <= MOST_LOSSES:
+    if world.size == 1 and machine.max_rows is None and len(result.losses) <= MOST_LOSSES:  # else they are not in the order of the rows
         row["losses"] = [round(loss, 5) for loss in result.losses]
     return row
 

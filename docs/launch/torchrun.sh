@@ -9,6 +9,9 @@
 set -euo pipefail
 : "${DATA:?the run folder with packed/}" "${OUT:?the folder of the training run, seen by all machines}"
 
+# One store for each rendezvous: that of torchrun keeps the addresses of ranks that are gone.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+
 exec torchrun \
     --nnodes "${NODES:-1:4}" \
     --nproc-per-node "${GPUS:-gpu}" \

@@ -57,7 +57,7 @@ def test_a_small_autoencoder_halves_sides_until_its_factor_and_comes_back(descri
 @pytest.mark.parametrize("bottleneck", ["kl", "vq"])
 def test_training_brings_the_images_closer(images: list[np.ndarray], bottleneck: str):
     description = Small("shuffle", bottleneck, num_codes=64)
-    net, history = train_small(description, images, steps=60, side=32, batch=4)
+    net, history = train_small(description, images, steps=100, side=32, batch=4)
     pixels = to_tensor(np.stack(images))
 
     def distance(net: Net) -> float:
@@ -66,7 +66,7 @@ def test_training_brings_the_images_closer(images: list[np.ndarray], bottleneck:
 
     assert distance(net) < 0.5 * distance(net_of(description))
     assert distance(net) < 0.8 * float((pixels.mean((2, 3), keepdim=True) - pixels).abs().mean()), "no better than one colour"
-    assert history[-1]["step"] == 59 and np.mean([row["psnr"] for row in history[-5:]]) > history[0]["psnr"] + 3
+    assert history[-1]["step"] == 99 and np.mean([row["psnr"] for row in history[-5:]]) > history[0]["psnr"] + 3
 
 
 def test_a_seed_decides_the_weights_and_the_callers_random_numbers_are_left_alone(images: list[np.ndarray]):

@@ -14,7 +14,7 @@ from curation.shards import write_json, write_table
 from k2model.data import Packed
 from k2model.order import Order
 from pipelines import report
-from pipelines.report_step import annotations_of, order_of, step_images, write
+from pipelines.report_step import annotations_of, step_images, where, write
 
 HOSTILE = "<script>document.title=1</script> \u202e sky"
 RECIPE = """
@@ -23,7 +23,7 @@ from k2model.text import HashText
 from k2model.vae import Pca
 from pipelines.train_recipes import Phase, TrainRecipe
 
-phase = Phase("32", "p32", 32, steps=9, lr=1e-3, warmup=1, decay=1, mu=0.5, num_samples=1)
+phase = Phase("32", "p32", 32, steps=20, lr=1e-3, warmup=1, decay=1, mu=0.5, num_samples=1)
 mine = TrainRecipe("mine", NANO, HashText(), Pca(), (phase,), 4)
 """
 
@@ -115,13 +115,13 @@ def test_every_step_is_found_without_losses_too(run, capsys):
 
 
 def test_an_epoch_of_steps_shows_every_image_once(run):
-    order = order_of(str(run), run / "train/mine", "my.py:mine", "32")
+    order = where(str(run), run / "train/mine", "my.py:mine", 1)[2]
     uids = [row["uid"] for i in range(len(order.sets[0])) for row in step_images(order, i)]
     assert sorted(uids) == sorted(uid for uid, _, _ in world())
 
 
 def test_annotations_of_one_file_per_shard_and_of_one_file_for_all(run):
-    order = order_of(str(run), run / "train/mine", "my.py:mine", "32")
+    order = where(str(run), run / "train/mine", "my.py:mine", 1)[2]
     rows = [row for i in range(len(order.sets[0])) for row in step_images(order, i)]
     found = annotations_of(str(run), rows)
     for i, (uid, _, _) in enumerate(world()):
@@ -130,7 +130,7 @@ def test_annotations_of_one_file_per_shard_and_of_one_file_for_all(run):
 
 
 def test_hostile_captions_are_text_on_the_page(run, capsys):
-    order = order_of(str(run), run / "train/mine", "my.py:mine", "32")
+    order = where(str(run), run / "train/mine", "my.py:mine", 1)[2]
     rows = [row for i in range(len(order.sets[0])) for row in step_images(order, i)]
     assert write(str(run), run / "train/mine", {"step": 1, "phase": "32", "index": 0, "loss": 1.0}, rows) == 0
     capsys.readouterr()
@@ -157,7 +157,8 @@ def test_the_page_is_whole_in_a_browser(run, capsys, browser, width):
 def test_what_cannot_be_walked_back_says_why(run, capsys):
     mine = ("--recipe", "my.py:mine")
     for arguments, words in (
-        (("--step", "10", *mine), "there is no step 10"),
+        (("--step", "11", *mine), "there is no step 11"),
+        (("--step", "21", *mine), "has steps 1 to 20, not 21"),
         (("--step", "5"), "there is no recipe 'mine'"),
         (("--step", "5", *mine, "--training", "other"), "'other'"),
     ):
@@ -167,10 +168,6 @@ def test_what_cannot_be_walked_back_says_why(run, capsys):
     whole = metrics.read_text()
     metrics.write_text(whole.replace('"losses": [', '"losses": [9, '))
     assert "losses for" in asked(capsys, run, "--step", "5", *mine)[2]
-    metrics.write_text(whole.replace('"index"', '"cursor"'))
-    assert "has no `index`" in asked(capsys, run, "--step", "5", *mine)[2]
-    metrics.write_text(whole.replace('"32"', '"64"'))
-    assert "no phase '64'" in asked(capsys, run, "--step", "5", *mine)[2]
     metrics.write_text(whole)
     make_packed(run / "packed/p32", world()[:-1], 32, 3)
     code, lines, said = asked(capsys, run, "--step", "5", *mine)
@@ -178,3 +175,15 @@ def test_what_cannot_be_walked_back_says_why(run, capsys):
     (run / "train/second").mkdir()
     (run / "train/second/metrics.jsonl").write_text("")
     assert "mine, second" in asked(capsys, run, "--step", "5", *mine)[2]
+
+    described = run / "train/mine/run.json"
+    described.write_text(described.read_text().replace('"32"', '"64"'))
+    assert "was trained without phase '32'" in asked(capsys, run, "--step", "5", *mine, "--training", "mine")[2]
+
+
+def test_the_step_that_stopped_a_run_has_no_row_and_is_found(run, capsys):
+    code, lines, _ = asked(capsys, run, "--step", "10", "--recipe", "my.py:mine")
+    packed = Packed(run / "packed/p32")
+    order = Order([packed], [1], 1, 0)
+    uids = [uid for group in order.batch(9) for uid in packed.read(order.describe(group)).uids]
+    assert code == 0 and [line["uid"] for line in lines[:-1]] == uids
