@@ -248,16 +248,16 @@ def _finish(directory: Path, step: int, state: dict[str, Any]) -> Path:
     target, temporary = directory / f"{step:06d}", _temporary(directory, step)
     sizes = {}
     for path in sorted(temporary.rglob("*.safetensors")):
-        _flush(path)
+        flush(path)
         sizes[str(path.relative_to(temporary))] = path.stat().st_size
     path = temporary / "state.json"
     path.write_text(json.dumps({"step": step, "files": sizes, **state}, indent=1) + "\n")
     for changed in (path, *(folder for folder in temporary.iterdir() if folder.is_dir()), temporary):
-        _flush(changed)
+        flush(changed)
     if target.exists():  # a torn one (`latest` would have found it otherwise), or one that is written again
         shutil.rmtree(target)
     os.replace(temporary, target)
-    _flush(directory)
+    flush(directory)
     return target
 
 
@@ -282,7 +282,7 @@ class _Listing(FileSystem):
         return self.files
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from k2model.checkpoint import flush
 from k2model.layouts import Checkpoint, open_checkpoint
 from k2model.tensor_files import New, Stored, write_file
 
@@ -89,7 +90,7 @@ def merge(checkpoints: Sequence[str | Path], weights: Sequence[float], out: str 
     state = last | {"files": sizes, "merge": state["merge"]}
     (temporary / "state.json").write_text(json.dumps(state, indent=1) + "\n")
     for path in (*temporary.iterdir(), temporary):
-        _flush(path)
+        flush(path)
     os.replace(temporary, out)
     return state
 
@@ -154,12 +155,3 @@ def _state(place: Path) -> dict[str, Any]:
     """state.json of a training checkpoint; nothing elsewhere."""
     path = place / "state.json"
     return json.loads(path.read_text()) if path.is_file() else {}
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

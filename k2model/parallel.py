@@ -11,7 +11,6 @@ products, which need a GPU of compute capability 8.9, were not.
 import hashlib
 import math
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -281,33 +280,6 @@ def agree(flag: bool, world: World) -> bool:
     votes = torch.tensor(int(flag), dtype=torch.int32, device=world.device)
     dist.all_reduce(votes, op=dist.ReduceOp.MAX)
     return bool(votes.item())
-
-
-@torch.no_grad()
-def clip_grad_norm(parameters: Iterable[Tensor], limit: float) -> Tensor:
-    """Scale all gradients so that their norm is at most `limit`; the norm before, the same on every rank.
-
-    As `torch.nn.utils.clip_grad_norm_`, which cannot join gradients that lie on different meshes. A norm that is not finite leaves the
-    gradients as they are.
-    """
-    groups: dict[Any, list[Tensor]] = {}  # by the process groups over which the pieces of a gradient lie
-    for gradient in (parameter.grad for parameter in parameters if parameter.grad is not None):
-        key, local = (), gradient
-        if isinstance(gradient, DTensor):
-            key = tuple(gradient.device_mesh.get_group(i) for i, place in enumerate(gradient.placements) if not place.is_replicate())
-            local = gradient.to_local()
-        groups.setdefault(key, []).append(local)
-    total = torch.zeros(())
-    for key, pieces in groups.items():
-        square = torch.nn.utils.get_total_norm(pieces).float().square()
-        for over in key:
-            dist.all_reduce(square, group=over)
-        total = total.to(square.device) + square
-    norm = total.sqrt()
-    factor = torch.where(norm.isfinite(), torch.clamp(limit / (norm + 1e-6), max=1.0), 1.0)
-    for pieces in groups.values():
-        torch._foreach_mul_(pieces, factor)
-    return norm
 
 
 def _number(seed: int, name: str) -> int:

@@ -133,7 +133,7 @@ def train_step(
     optimizers = [parts.optimizer] + ([alignment.optimizer] if alignment else [])
     for optimizer in optimizers:
         optimizer.zero_grad()
-    sums, losses = torch.zeros(5, dtype=torch.float64, device=device), []
+    sums, losses = torch.zeros(4, dtype=torch.float64, device=device), []
     for k, batch in enumerate(batches):
         parallel.synchronize(parts.model, k == len(batches) - 1)
         with torch.no_grad():
@@ -146,23 +146,21 @@ def train_step(
             velocity = parts.model(flow.noisy(clean, noise, t), t, text, mask, parts.kernel)
             aligned = alignment.loss(batch.images, clean) if alignment else torch.zeros(len(t), device=device)
         each = flow.loss(velocity, clean, noise)
-        weight = (torch.arange(len(each), device=device) < valid) / num_images
-        total = torch.where(weight > 0, each, 0).sum() / num_images
-        beside = torch.where(weight > 0, aligned, 0).sum() / num_images
+        total, beside = each[:valid].sum() / num_images, aligned[:valid].sum() / num_images
         loss = total + alignment.irepa.weight * beside if alignment else total
         loss.backward()  # gradients of the ranks are added up
         each, lengths, image_tokens = each.detach()[:valid], mask[:valid].sum(1).tolist(), clean[0, 0].numel() // plan.model.patch**2
         parts.ledger.add(each, t[:valid], f"{batch.bucket[0]}x{batch.bucket[1]}", phase.mixture[batch.group.source][0])
         losses += each.tolist()
         flops = sum(train_flops(plan.model, length, image_tokens) for length in lengths)
-        counted = [float(total.detach()), float(beside.detach()), sum(lengths) + valid * image_tokens, flops, 0.0]
+        counted = [float(total.detach()), float(beside.detach()), sum(lengths) + valid * image_tokens, flops]
         sums += torch.tensor(counted, dtype=torch.float64, device=device)
-    sums[4] = float(stop)
     norms = optim.grad_norms(parts.model)
     together = parallel.reduce(torch.cat([sums, parts.ledger.sums.flatten()]), world)
     sums, parts.ledger.sums = together[: len(sums)], together[len(sums) :].view_as(parts.ledger.sums)
     found, by_part = sums.tolist(), {name: float(norm) for name, norm in norms.items()}
-    result = Result(found[0], found[1] if alignment else None, by_part, int(found[2]), found[3], found[4] > 0, parts.ledger.read(), losses)
+    asked = parallel.agree(stop, world)
+    result = Result(found[0], found[1] if alignment else None, by_part, int(found[2]), found[3], asked, parts.ledger.read(), losses)
     if result.finite:
         optim.clip_gradients(parts.model.parameters(), norms["total"], plan.clip)
         for optimizer in optimizers:

@@ -50,7 +50,9 @@ def steps(world, model, optimizer, limit=0.1):
             mine += loss.detach()
         found["loss"].append(parallel.reduce(mine, world).item())
         found.setdefault("gradients", {name: parallel.whole(p.grad).clone() for name, p in model.named_parameters()})
-        found["norm"].append(parallel.clip_grad_norm(model.parameters(), limit).item())
+        norm = optim.grad_norms(model)["total"]
+        optim.clip_gradients(model.parameters(), norm, limit)
+        found["norm"].append(norm.item())
         optimizer.step()
     return found | {"weights": tensors(model, optimizer)}
 

@@ -92,7 +92,7 @@ def no_state(path):
 written, rename = checkpoint.save_file, os.replace
 places = {
     "tensors": ("save_file", half),
-    "state": ("_flush", no_state),
+    "state": ("flush", no_state),
     "rename": ("os.replace", die),
     "renamed": ("os.replace", lambda *names: (rename(*names), die())),
     "prune": ("prune", die),
