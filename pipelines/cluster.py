@@ -17,9 +17,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pipelines.pools import Pool
+from pipelines.survival import AGAIN
 
 TRIES = 3
 FREE_TRIES = 20  # tries that end with a lost node count against no item, up to so many
@@ -103,18 +105,30 @@ def run(
             yield from _Job(ray, make, items, num_workers, serve, num_servers, after_death, watch).outcomes()
 
 
-def ranks(function: Callable[..., Any], arguments: dict, num_workers: int, storage: str, address: str = "auto", tries: int = 20) -> None:
-    """Run `function(**arguments)` as the ranks of a process group, with Ray Train: one GPU each where the cluster has any, else a CPU.
+def ranks(function: Callable[..., int | None], given: dict, num_workers: int, storage: str, address: str = "auto", tries: int = 20) -> int:
+    """Run `function(**given)` as the ranks of a process group, with Ray Train: one GPU each where the cluster has any, else a CPU.
 
-    `storage` is a folder that all nodes see. When a rank or node is lost, all start again, up to `tries` times. Needs `ray[train]`.
+    `storage` is a folder that all nodes see. When a rank or node is lost, or a rank returns AGAIN, all start again, up to `tries`
+    times. Returns 0, or what a rank returned. Needs `ray[train]`.
     """
     with _joined(address) as ray:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchTrainer
 
+        found = Path(storage, "code")  # a result of Ray Train has no room for it without a checkpoint of its own
+        found.unlink(missing_ok=True)
+
+        def rank(arguments: dict) -> None:
+            code = function(**arguments)
+            if code == AGAIN:
+                raise RuntimeError("a rank was asked to end")
+            if code:
+                found.write_text(str(code))
+
         room = ScalingConfig(num_workers=num_workers, use_gpu="GPU" in ray.cluster_resources())
         run = RunConfig(storage_path=storage, failure_config=FailureConfig(max_failures=tries))
-        TorchTrainer(lambda given: function(**given), train_loop_config=arguments, scaling_config=room, run_config=run).fit()
+        TorchTrainer(rank, train_loop_config=given, scaling_config=room, run_config=run).fit()
+        return int(found.read_text()) if found.exists() else 0
 
 
 def measure(name: str, value: float, **labels: str) -> None:

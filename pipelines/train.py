@@ -88,10 +88,10 @@ def train(
             print(json.dumps(line))
         return 0
     if ray != "off":
-        given = {"data": data, "recipe": recipe, "out": str(place), "device": device, "threads": threads, "decoders": decoders, "tp": tp}
-        given |= {"max_rows": max_rows, "tensorboard": tensorboard, "wandb": wandb, "base": base}
-        cluster.ranks(train, given, workers, str(place / "ray"), ray)
-        return 0
+        given = {"data": data if "://" in data else str(Path(data).resolve()), "recipe": recipe, "out": str(place.resolve())}
+        given |= {"device": device, "threads": threads, "decoders": decoders, "tp": tp, "max_rows": max_rows}
+        given |= {"tensorboard": tensorboard, "wandb": wandb, "base": base}
+        return cluster.ranks(train, given, workers, str(place.resolve() / "ray"), ray)
     digest = check_base(plan, base) if plan.lora else None
     if threads is not None:
         torch.set_num_threads(threads)

@@ -11,7 +11,9 @@ from e2e.test_train_phases import recipe, rows, trained
 from packed_world import landscapes, make_packed
 
 from k2model import checkpoint
-from pipelines.survival import AGAIN
+from pipelines import train as verb
+from pipelines import train_recipes
+from pipelines.survival import AGAIN, Signals
 
 TESTS = Path(__file__).parents[1]
 
@@ -113,10 +115,6 @@ def test_more_processes_than_row_groups_that_do_not_fit_are_refused_in_one_line(
 
 
 def test_being_told_to_end_is_an_exit_code_of_its_own(data, tmp_path, monkeypatch):
-    from pipelines import train as verb
-    from pipelines import train_recipes
-    from pipelines.survival import Signals
-
     monkeypatch.setitem(train_recipes.TRAIN, "ranks", plan)
     whole = Signals.__enter__
 
@@ -127,3 +125,14 @@ def test_being_told_to_end_is_an_exit_code_of_its_own(data, tmp_path, monkeypatc
     monkeypatch.setattr(Signals, "__enter__", asked)
     assert verb.train(str(data), "ranks", str(tmp_path), "cpu", threads=1) == AGAIN
     assert checkpoint.latest(tmp_path / "checkpoints").step == 1
+
+
+@pytest.mark.ray
+def test_ray_train_starts_the_same_run_on_two_workers(data, tmp_path, monkeypatch, ray_cluster):
+    straight = trained(monkeypatch, data, tmp_path / "straight", plan())
+    (data / "ray.py").write_text(f"import sys\nsys.path.insert(0, {str(TESTS)!r})\nfrom e2e.test_train_ranks import plan\n")
+    given = {"recipe": f"{data}/ray.py:plan", "out": str(tmp_path / "ray"), "device": "cpu", "threads": 1, "ray": "auto", "workers": 2}
+    assert verb.train(str(data), **given) == 0
+    for found, expected in zip(rows(tmp_path / "ray"), rows(straight), strict=True):
+        assert (found["step"], found["tokens"]) == (expected["step"], expected["tokens"])
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
