@@ -68,7 +68,7 @@ def write_packed(place: Path, samples: list[tuple[int, str, bytes]], kind: str) 
     shuffled = np.lexsort((low, high)).tolist()
     groups = [shuffled[i : i + BATCH] for i in range(0, len(shuffled), BATCH)]
     same = {"caption_source": "txt", "bucket_height": SIDE, "bucket_width": SIDE, "source_height": SIDE, "source_width": SIDE}
-    same |= {"crop_top": 0, "crop_left": 0, "crop_height": SIDE, "crop_width": SIDE, "shard": "s", "padding": False}
+    same |= {"other_captions": [], "crop_top": 0, "crop_left": 0, "crop_height": SIDE, "crop_width": SIDE, "shard": "s", "padding": False}
     made_by, batches = fingerprint([kind, len(samples)]), []
     for first in range(0, len(groups), PER_FILE):
         name, tables, latents = f"{first // PER_FILE:05d}.parquet", [], []

@@ -98,7 +98,7 @@ class Plain:
             pixels = batch.images.float() / 127.5 - 1
             clean = ((self.vae.encode(pixels.unsqueeze(2)).latent_dist.mode() - self.mean) / self.std).squeeze(2)
             draw = flow.draw(plan.seed, number, batch.uids, tuple(clean.shape[1:]), phase.mu)
-            prompts = ["" if drop < plan.caption_dropout else caption for drop, caption in zip(draw.drop, batch.captions, strict=True)]
+            prompts = ["" if drop < plan.caption_dropout else own[0] for drop, own in zip(draw.drop, batch.captions, strict=True)]
             text, mask = self.pipeline.get_text_hidden_states(prompts)
             if self.trim:  # padding lies between prompt and suffix: sort the valid tokens to the front, then cut
                 order = (~mask).int().argsort(dim=1, stable=True)[:, : int(mask.sum(1).max())]
@@ -151,7 +151,7 @@ def batch_of(words: Any, side: int, size: int, number: int, median: int) -> Load
     coarse = torch.from_numpy(rng.integers(0, 256, (size, 3, 8, 8)).astype(np.float32))
     images = F.interpolate(coarse, size=(side, side), mode="bicubic").clamp(0, 255).to(torch.uint8)
     texts = captions(words, 64, median)
-    chosen = [texts[i] for i in rng.integers(0, len(texts), size)]
+    chosen = [[texts[i]] for i in rng.integers(0, len(texts), size)]
     return Loaded(images, None, chosen, [f"{number}/{i}" for i in range(size)], size, (side, side), Group(0, 0, 0))
 
 

@@ -217,7 +217,8 @@ class Ours:
         with Loader(order, start=skip, ahead=4, threads=self.threads, latents=latents, stop=len(packed)) as loader:
             for parts, _ in loader:
                 for part in parts:
-                    yield [int(uid.rpartition("/")[2]) for uid in part.uids], part.captions, part.latents if latents else part.images
+                    first = [own[0] for own in part.captions]
+                    yield [int(uid.rpartition("/")[2]) for uid in part.uids], first, part.latents if latents else part.images
 
 
 class Rowgroups:

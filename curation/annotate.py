@@ -31,7 +31,8 @@ from curation.sources import Shard, read_rows
 READ_IMAGES = 32  # rows that are in memory with their encoded bytes
 BATCH_IMAGES = 128  # rows of one message to the accelerator; a forward pass sees those that decode
 BATCH_PIXELS = 64_000_000  # 192 MB of RGB: what may be decoded at once, beyond its first image
-LEDGER = ("uid", "shard", "key", "caption", "caption_source", "bytes", "md5")  # columns that any stage may have and none computes
+# Columns that any stage may have and none computes.
+LEDGER = ("uid", "shard", "key", "caption", "caption_source", "other_captions", "bytes", "md5")
 BATCHES_AHEAD = 2  # batches of a shard that may wait for their answers while the next is prepared
 
 StageFunction = Callable[[ImageBatch], dict[str, Any]]

@@ -13,24 +13,52 @@ import pyarrow.parquet as pq
 
 from curation.tar import Source
 
-CAPTION_FIELDS = ("caption", "text", "prompt", "txt", "alt_text", "description", "TEXT")
+CAPTION_FIELDS = ("caption", "text", "prompt", "txt", "alt_text", "description", "TEXT")  # the first that is there is the caption
+MAX_CAPTIONS = 64  # of one image
+_LENGTHS = "long|medium|short|detailed|dense|brief"
+_OTHER_CAPTIONS = re.compile(rf"captions|({_LENGTHS})_captions?|captions?_({_LENGTHS}|\d+)")  # further captions of the same image
 _IMAGE_NAME = re.compile(r"(image|img|jpg|jpeg|png|webp|bytes|image_bytes|picture|photo)([_.]?\d+)?", re.IGNORECASE)
 _PATH_NAME = re.compile(r"((image|img)_?)?(path|file|filepath|file_?name|url|uri|key)|image|img", re.IGNORECASE)
 _BATCH = 64
 _BUFFER = 8 << 20  # bytes: a column chunk is read in pieces, so that a row group of gigabytes fits
 
-# Every function that yields samples yields (key, image, caption, caption source, error).
-Values = tuple[str, bytes | None, str | None, str, str | None]
+# Every function that yields samples yields (key, image, captions, caption source, error).
+Values = tuple[str, bytes | None, list[str], str, str | None]
 Open = Callable[[list[str]], list[tuple[bytes | None, str | None]]]  # paths that a table names -> (bytes, error) of each
 
 
-def caption_of(fields: Any) -> str | None:
-    """The caption among the fields of a JSON file or a row; None when there is none."""
+def captions_in(fields: Any) -> list[str]:
+    """The captions among the fields of a JSON file or a row, each once and at most MAX_CAPTIONS; none when there is none.
+
+    The first one is the caption: of the first of CAPTION_FIELDS that has text, else the longest. The others are the rest of that field,
+    where it is a list, and of the fields that `is_caption` knows beside CAPTION_FIELDS, in their order.
+    """
     if not isinstance(fields, dict):
-        return None
-    found = (fields.get(name) for name in CAPTION_FIELDS)
-    # A lone surrogate (JSON can spell one) is no text that a file can hold.
-    return next((text.encode("utf-8", "replace").decode() for text in found if isinstance(text, str) and text.strip()), None)
+        return []
+    main = next((found for name in CAPTION_FIELDS if (found := _texts(fields.get(name)))), [])
+    others = other_captions(fields)
+    if not main and others:
+        main = [max(others, key=len)]
+    return list(dict.fromkeys(main + others))[:MAX_CAPTIONS]
+
+
+def other_captions(fields: Any) -> list[str]:
+    """The captions of short_caption, caption_long, captions, caption_1 and the like, in their order."""
+    if not isinstance(fields, dict):
+        return []
+    named = (value for name, value in fields.items() if isinstance(name, str) and _OTHER_CAPTIONS.fullmatch(name))
+    return [text for value in named for text in _texts(value)]
+
+
+def is_caption(name: str) -> bool:
+    """Does `captions_in` look at a field of this name: caption, text, short_caption, caption_long, captions, caption_1 ...?"""
+    return name in CAPTION_FIELDS or bool(_OTHER_CAPTIONS.fullmatch(name))
+
+
+def _texts(value: Any) -> list[str]:
+    """The texts of a field: one, or a list of them. A lone surrogate (JSON can spell one) is no text that a file can hold."""
+    values = value if isinstance(value, list) else [value]
+    return [text.encode("utf-8", "replace").decode() for text in values if isinstance(text, str) and text.strip()]
 
 
 def image_columns(schema: pa.Schema, path: str) -> list[str]:
@@ -58,6 +86,12 @@ def _holds_bytes(kind: pa.DataType) -> bool:
         return kind.get_field_index("bytes") >= 0
     checks = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_fixed_size_binary)
     return any(check(kind) for check in checks)
+
+
+def _is_texts(kind: pa.DataType) -> bool:
+    """Text, or lists of text."""
+    lists = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+    return _is_text(kind.value_type if any(check(kind) for check in lists) else kind)
 
 
 def _is_text(kind: pa.DataType) -> bool:
@@ -136,7 +170,9 @@ def arrow_samples(
 
 
 def _other_columns(schema: pa.Schema, images: list[str]) -> list[str]:
-    captions = [name for name in CAPTION_FIELDS if name in schema.names and name not in images and _is_text(schema.field(name).type)][:1]
+    texts = [name for name in schema.names if is_caption(name) and name not in images and _is_texts(schema.field(name).type)]
+    main = [name for name in CAPTION_FIELDS if name in texts][:1]
+    captions = [name for name in texts if name in main or name not in CAPTION_FIELDS]
     # img2dataset keeps the rows that it could not download, and says why.
     reasons = [name for name in ("status", "error_message") if name in schema.names and _is_text(schema.field(name).type)]
     return [*captions, *(name for name in reasons if name not in images)]
@@ -163,7 +199,7 @@ def _batch_samples(numbers: list[int], values: dict[str, list], images: list[str
             if file is None and (status := values.get("status", nothing)[row]) is not None:
                 error = f"{status}: {values.get('error_message', nothing)[row]}"[:500]
         key = f"{numbers[row]:08d}" + ("" if name == images[0] else f".{name}")
-        yield key, data, caption_of({field: values[field][row] for field in values if field not in images}), "column", error
+        yield key, data, captions_in({field: values[field][row] for field in values if field not in images}), "column", error
 
 
 def _bytes_and_path(value: Any) -> tuple[bytes | None, str | None]:

@@ -10,31 +10,31 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from curation.columns import CAPTION_FIELDS, caption_of
+from curation.columns import captions_in, is_caption
 
 MAX_METADATA = 4 << 30  # bytes of one metadata file
 _LONGEST = 16 << 20  # characters of one field of a CSV
 
 
-def captions_of(filesystem: fsspec.AbstractFileSystem, place: str, metadata: list[str]) -> dict[str, str]:
-    """Image (relative to `place`) -> caption, from metadata files (relative to `place`). A deeper file wins over one above it.
+def captions_of(filesystem: fsspec.AbstractFileSystem, place: str, metadata: list[str]) -> dict[str, tuple[str, ...]]:
+    """Image (relative to `place`) -> captions, from metadata files (relative to `place`). A deeper file wins over one above it.
 
     File names are only looked up, never opened.
 
     Raises:
         ValueError: a metadata file cannot be read; the text names it.
     """
-    found: dict[str, str] = {}
+    found: dict[str, tuple[str, ...]] = {}
     for file in sorted(metadata, key=lambda file: (file.count("/"), file)):
         path = f"{place}/{file}"
         if filesystem.size(path) > MAX_METADATA:
             raise ValueError(f"{path} has over {MAX_METADATA} bytes; split the folder, or give the captions as .txt files")
-        first: dict[str, str] = {}
+        first: dict[str, tuple[str, ...]] = {}
         try:
             for row in _rows(filesystem.cat_file(path), file):
-                name, caption = row.get("file_name"), caption_of(row)
-                if isinstance(name, str) and caption:
-                    first.setdefault(posixpath.normpath(posixpath.join(posixpath.dirname(file), name)), caption)
+                name, captions = row.get("file_name"), captions_in(row)
+                if isinstance(name, str) and captions:
+                    first.setdefault(posixpath.normpath(posixpath.join(posixpath.dirname(file), name)), tuple(captions))
         except (ValueError, csv.Error, RecursionError, OSError, pa.ArrowException) as problem:
             raise ValueError(f"{path} cannot be read ({type(problem).__name__}: {problem}); mend it or take it away") from problem
         found |= first
@@ -43,7 +43,7 @@ def captions_of(filesystem: fsspec.AbstractFileSystem, place: str, metadata: lis
 
 def _rows(data: bytes, file: str) -> Iterator[dict]:
     if file.endswith(".parquet"):
-        names = [name for name in pq.read_schema(io.BytesIO(data)).names if name == "file_name" or name in CAPTION_FIELDS]
+        names = [name for name in pq.read_schema(io.BytesIO(data)).names if name == "file_name" or is_caption(name)]
         yield from pq.read_table(io.BytesIO(data), columns=names).to_pylist()
     elif file.endswith(".jsonl"):
         for line in io.BytesIO(data):

@@ -37,7 +37,8 @@ def load_listing(run_dir: str) -> list[Shard]:
     shards = []
     for row in rows:
         row |= {name: unescaped(row[name]) for name in ("path", "root")} | {"members": [unescaped(member) for member in row["members"]]}
-        row |= {name: tuple(row[name]) for name in ("members", "stamps", "captions")} | {"texts": tuple(map(tuple, row["texts"]))}
+        row |= {name: tuple(row[name]) for name in ("members", "stamps")}
+        row |= {name: tuple(map(tuple, row[name])) for name in ("texts", "captions")}
         shards.append(Shard(**row | {"row_groups": tuple(row["row_groups"]) if row["row_groups"] else None}))
     return shards
 
@@ -83,9 +84,7 @@ def _slice_of(name: str, path: str, members: list[tuple[Shard, int]]) -> Shard:
         size=sum(int(shard.stamps[i].split()[0]) for shard, i in members if shard.stamps[i][0].isdigit()),
         stamps=tuple(shard.stamps[i] for shard, i in members),
         texts=tuple(shard.texts[i] if shard.texts else () for shard, i in members) if any(s.texts for s, _ in members) else (),
-        captions=tuple(shard.captions[i] if shard.captions else None for shard, i in members)
-        if any(s.captions for s, _ in members)
-        else (),
+        captions=tuple(shard.captions[i] if shard.captions else () for shard, i in members) if any(s.captions for s, _ in members) else (),
     )
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from curation.pieces import PIXELS, Piece
+from curation.pieces import ROW_FORMAT, Piece
 from curation.schema import PACKED
 from curation.shards import is_done, write_row_groups
 from curation.shuffle import REMAINDERS, Keys, Plan
@@ -39,7 +39,7 @@ class Packing:
     seed: int
     remainder: str = "pad"  # what becomes of the images over after the last whole batch of a bucket: see shuffle.plan
     batches_per_file: int = 64
-    pixels: str = PIXELS
+    row_format: str = ROW_FORMAT
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.batches_per_file < 1:

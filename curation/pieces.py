@@ -26,8 +26,11 @@ from curation.sources import Shard, fetch
 CHUNK = 256  # rows in a record batch; also what is held in memory while a piece is written
 JPEG_QUALITY = 95
 SPARE = 2  # source pixels per trained pixel that a scaled-down view must still have
-PIXELS = f"crop, Lanczos (of a view with {SPARE} times the pixels where there is one), JPEG {JPEG_QUALITY} 4:4:4; or the source's own JPEG"
-_PIXELS_KEY = b"k2.pixels"
+ROW_FORMAT = (  # what a row is made of; rows of another format are made again
+    f"crop, Lanczos (of a view with {SPARE} times the pixels where there is one), JPEG {JPEG_QUALITY} 4:4:4; or the source's own JPEG; "
+    "all captions"
+)
+_ROW_FORMAT_KEY = b"k2.row_format"
 _WHERE = ["crop_top", "crop_left", "crop_height", "crop_width", "bucket_height", "bucket_width"]
 PIECE = pa.schema(
     [
@@ -55,7 +58,7 @@ class Piece:
         self._reader = pa.ipc.open_file(self._source)
         self._chunks: dict[int, pa.RecordBatch] = {}
         metadata = self._reader.schema.metadata or {}
-        self.made_by, self.pixels = metadata[FINGERPRINT_KEY].decode(), metadata[_PIXELS_KEY].decode()
+        self.made_by, self.row_format = metadata[FINGERPRINT_KEY].decode(), metadata.get(_ROW_FORMAT_KEY, b"").decode()
 
     def row(self, number: int) -> pa.RecordBatch:
         """One row, not copied."""
@@ -76,12 +79,12 @@ def make_piece(shard: Shard, selection: str | Path, path: Path, seed: int) -> Ma
     that no longer decodes is a row with `error`, and is tried again when the piece is made again.
     """
     wanted = wanted_rows(selection, shard, seed)
-    made_by = fingerprint({"pixels": PIXELS, "rows": wanted.select(["uid", *_WHERE]).to_pydict()})
+    made_by = fingerprint({"row_format": ROW_FORMAT, "rows": wanted.select(["uid", *_WHERE]).to_pydict()})
     before = Piece(path) if path.exists() else None
     reused: dict[str, int] = {}
     num_decoded = 0
     if before is None or before.made_by != made_by:
-        reused = _reusable(before, wanted) if before is not None and before.pixels == PIXELS else {}
+        reused = _reusable(before, wanted) if before is not None and before.row_format == ROW_FORMAT else {}
         missing = {row["uid"]: row for row in wanted.to_pylist() if row["uid"] not in reused}
         num_decoded = len(missing)
         fresh = path.with_name(f".{path.name}.fresh")  # in the order of the source: images come as they are read
@@ -113,7 +116,7 @@ def _reusable(before: Piece, wanted: pa.Table) -> dict[str, int]:
 
 
 def _write(path: Path, made_by: str, batches: Iterable[pa.RecordBatch]) -> None:
-    schema = PIECE.with_metadata({FINGERPRINT_KEY: made_by.encode(), _PIXELS_KEY: PIXELS.encode()})
+    schema = PIECE.with_metadata({FINGERPRINT_KEY: made_by.encode(), _ROW_FORMAT_KEY: ROW_FORMAT.encode()})
     with whole_file(path) as file, pa.ipc.new_file(file, schema) as writer:
         for batch in batches:
             writer.write_batch(batch.cast(schema))
@@ -138,7 +141,7 @@ def _cut(shard: Shard, wanted: dict[str, dict]) -> Iterator[dict]:
 
 
 def _row(sample: dict, chosen: dict) -> dict:
-    facts = {name: sample[name] for name in ("uid", "shard", "key", "caption", "caption_source")}
+    facts = {name: sample[name] for name in ("uid", "shard", "key", "caption", "caption_source", "other_captions")}
     try:
         image, header = cut(sample["image"], chosen)
     except DecodeError as problem:

@@ -9,7 +9,7 @@ import json
 import os
 import posixpath
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -45,7 +45,7 @@ class Shard:
     row_groups: tuple[int, int] | None = None  # first and one past the last; None: all
     stamps: tuple[str, ...] = ()  # one per member
     texts: tuple[tuple[str, ...], ...] = ()  # suffixes of the text files beside each member
-    captions: tuple[str | None, ...] = ()  # from a folder's metadata.csv or metadata.jsonl
+    captions: tuple[tuple[str, ...], ...] = ()  # of each member, from a folder's metadata.csv, .jsonl or .parquet
 
 
 class Sample(NamedTuple):
@@ -53,7 +53,7 @@ class Sample(NamedTuple):
 
     key: str
     image: bytes | None
-    caption: str | None
+    captions: Sequence[str]  # the first is the caption
     caption_source: str
     error: str | None
 
@@ -115,16 +115,17 @@ def read_rows(shard: Shard, wanted: set[str] | None = None) -> Iterator[dict]:
         taken[key] = 1
         if wanted is not None and key not in wanted:
             continue
-        caption, source = sample.caption, sample.caption_source
-        if not caption or caption.isspace():
-            caption, source = name_in_words(f"{shard.name}/{key}"), "name"
+        captions, source = sample.captions, sample.caption_source
+        if not captions:
+            captions, source = [name_in_words(f"{shard.name}/{key}")], "name"
         yield {
             "uid": f"{shard.name}/{key}",
             "shard": shard.name,
             "key": key,
             "image": sample.image,
-            "caption": caption,
+            "caption": captions[0],
             "caption_source": source,
+            "other_captions": list(captions[1:]),
             "error": sample.error,
         }
 
@@ -141,18 +142,22 @@ def opened(shard: Shard) -> Iterator[tar.Source]:
 # --- captions ---
 
 
-def caption_of(texts: dict[str, bytes]) -> tuple[str | None, str]:
-    """Caption and its source from the text files of a sample, by suffix. The text stays as it is, byte order mark aside."""
-    if "txt" in texts and (text := texts["txt"].decode("utf-8-sig", "replace")) and not text.isspace():
-        return text, "txt"
-    if "json" in texts:
-        try:
-            fields = json.loads(texts["json"])
-        except (ValueError, RecursionError):
-            return None, "name"
-        if caption := columns.caption_of(fields):
-            return caption, "json"
-    return None, "name"
+def captions_of(texts: dict[str, bytes]) -> tuple[list[str], str]:
+    """Captions of a sample, the main one first, and where that one comes from, out of its text files by suffix.
+
+    The main one is that of `txt`, or the longest of `long.txt`, `short.txt` and the like, or that of `json`. Beside a text file, `json`
+    gives what it names as further captions. A text stays as it is, byte order mark aside.
+    """
+    written = {suffix: data.decode("utf-8-sig", "replace") for suffix, data in texts.items() if suffix != "json"}
+    written = {suffix: text for suffix, text in written.items() if text and not text.isspace()}
+    main = [written.get("txt") or max(written.values(), key=len)] if written else []
+    try:
+        fields = json.loads(texts.get("json", b"null"))
+    except (ValueError, RecursionError):
+        fields = None
+    found = columns.other_captions(fields) if main else columns.captions_in(fields)
+    captions = list(dict.fromkeys([*main, *written.values(), *found]))[: columns.MAX_CAPTIONS]
+    return captions, "txt" if main else "json" if found else "name"
 
 
 # --- tars ---
@@ -175,7 +180,7 @@ def _tar_samples(shard: Shard, wanted: set[str] | None) -> Iterator[Sample]:
                 name, suffix = webdataset_key(member.name)
                 if member.kind != "file" or name is None:
                     what = f"a {member.kind}: not followed, not read" if member.kind != "file" else "a file without a suffix"
-                    yield Sample(member.name, None, None, "name", f"{escaped(member.name)[:200]} is {what}")
+                    yield Sample(member.name, None, (), "name", f"{escaped(member.name)[:200]} is {what}")
                     continue
                 if name != key or suffix in files:
                     yield from _tar_sample(key, files)
@@ -187,7 +192,7 @@ def _tar_samples(shard: Shard, wanted: set[str] | None) -> Iterator[Sample]:
             lost = str(problem)
         yield from _tar_sample(key, files)
         if lost:
-            yield Sample(LOST, None, None, "name", f"samples after this one are lost: {lost}")
+            yield Sample(LOST, None, (), "name", f"samples after this one are lost: {lost}")
 
 
 def _bases(key: str) -> Iterator[str]:
@@ -219,15 +224,15 @@ def _tar_sample(key: str | None, files: dict[str, tuple[bytes | None, str | None
     trouble = None
     for suffix, (data, error) in files.items():
         ending = suffix.rpartition(".")[2]
-        if ending in TEXT_SUFFIXES and (ending not in texts or suffix == ending):
-            texts[ending] = data or b""
+        if ending == "txt" or suffix == "json" or (ending == "json" and "json" not in texts):
+            texts["json" if ending == "json" else suffix] = data or b""
             trouble = f"{escaped(suffix)}: {error}" if error else trouble
-    caption, source = caption_of(texts)
+    captions, source = captions_of(texts)
     for i, suffix in enumerate(images):
         data, error = files[suffix]
-        yield Sample(key if i == 0 else f"{key}.{suffix}", data, caption, source, error or trouble)
+        yield Sample(key if i == 0 else f"{key}.{suffix}", data, captions, source, error or trouble)
     if not images:
-        yield Sample(key, None, caption, source, f"sample has no image, only {escaped(', '.join(sorted(files))[:200])}")
+        yield Sample(key, None, captions, source, f"sample has no image, only {escaped(', '.join(sorted(files))[:200])}")
 
 
 # --- folders ---
@@ -266,12 +271,12 @@ def _folder_samples(shard: Shard, wanted: set[str] | None) -> Iterator[Sample]:
                 if is_local(filesystem) and _leads_out(path, place):
                     given[suffix] = (None, "a link that leads out of the source's folder: not read")
             trouble = next((f"{suffix}: {problem}" for suffix, (_, problem) in given.items() if problem), None)
-            caption, source = caption_of({suffix: data for suffix, (data, _) in given.items() if data})
-            if caption is None and shard.captions and shard.captions[i]:
-                caption, source = shard.captions[i], "metadata"
+            captions, source = captions_of({suffix: data for suffix, (data, _) in given.items() if data})
+            if not captions and shard.captions and shard.captions[i]:
+                captions, source = shard.captions[i], "metadata"
             if i in changed:
                 image, error = None, changed[i]
-            yield Sample(shard.members[i], image, caption, source, error or trouble)
+            yield Sample(shard.members[i], image, captions, source, error or trouble)
 
 
 def member_stamp(found: list[dict[str, Any]]) -> str:
@@ -295,7 +300,7 @@ def _table_samples(shard: Shard, wanted: set[str] | None) -> Iterator[Sample]:
             for values in read(source, shard.path, shard.row_groups, positions, lambda paths: _inside(shard, paths)):
                 yield Sample(*values)
         except tar.Damage as problem:
-            yield Sample(LOST, None, None, "name", f"rows after this one are lost: {problem}")
+            yield Sample(LOST, None, (), "name", f"rows after this one are lost: {problem}")
 
 
 def _inside(shard: Shard, paths: list[str]) -> list[tuple[bytes | None, str | None]]:

@@ -16,6 +16,7 @@ def column(name: str, kind: pa.DataType, comment: str, nullable: bool = True) ->
 
 
 UID = column("uid", pa.string(), 'sample id, "<shard>/<key>"; unique in a run', nullable=False)
+OTHER_CAPTIONS = pa.list_(pa.string())
 ERROR = column("error", pa.string(), "why the sample has no values here; null when it has")
 
 SAMPLES = pa.schema(
@@ -32,6 +33,7 @@ SAMPLES = pa.schema(
         column("image", pa.binary(), "encoded image bytes, exactly as in the source; null when the sample has none"),
         column("caption", pa.string(), "caption of the source; the file's folder and name in words when it has none"),
         column("caption_source", pa.string(), "txt, json, column, metadata, or name (made from the file name, not written by anyone)"),
+        column("other_captions", OTHER_CAPTIONS, "further captions of the source in its order, up to 63: short_caption, caption_long ..."),
         ERROR,
     ]
 )  # in memory only: image bytes stay in the source until `k2 pack`
@@ -48,7 +50,12 @@ SHARDS = pa.schema(
         column("members", pa.list_(pa.string()), "of a folder: images relative to path", nullable=False),
         column("stamps", pa.list_(pa.string()), "one per member, its caption files included", nullable=False),
         column("texts", pa.list_(pa.list_(pa.string())), "suffixes of the caption files beside each member", nullable=False),
-        column("captions", pa.list_(pa.string()), "one per member, from metadata.csv, .jsonl or .parquet of its folder", nullable=False),
+        column(
+            "captions",
+            pa.list_(pa.list_(pa.string())),
+            "those of each member, from metadata.csv, .jsonl or .parquet of its folder",
+            nullable=False,
+        ),
     ]
 )
 
@@ -58,7 +65,8 @@ BASICS = pa.schema(
         column("shard", pa.string(), "shard that the sample came from", nullable=False),
         column("key", pa.string(), "key inside the shard", nullable=False),
         column("caption", pa.string(), "caption, as in samples"),
-        column("caption_source", pa.string(), "txt, json, column or name"),
+        column("caption_source", pa.string(), "txt, json, column, metadata or name"),
+        column("other_captions", OTHER_CAPTIONS, "further captions, as in samples"),
         column("bytes", pa.int64(), "size of the encoded image; known for broken images too"),
         column("md5", pa.string(), "md5 of the encoded bytes, 32 hex digits; known for broken images too"),
         column("width", pa.int32(), "pixels, after EXIF orientation"),
@@ -311,7 +319,8 @@ PACKED = pa.schema(
         UID,
         column("image", pa.binary(), "JPEG of exactly the bucket's size: quality 95, 4:4:4, or the source's own bytes", nullable=False),
         column("caption", pa.string(), "caption of the source", nullable=False),
-        column("caption_source", pa.string(), "txt, json, column or name", nullable=False),
+        column("caption_source", pa.string(), "txt, json, column, metadata or name", nullable=False),
+        column("other_captions", OTHER_CAPTIONS, "further captions of the source; a training step draws one of all", nullable=False),
         column("bucket_height", pa.int32(), "height of the image, the same in the whole row group", nullable=False),
         column("bucket_width", pa.int32(), "width of the image, the same in the whole row group", nullable=False),
         column("source_height", pa.int32(), "height of the upright source image", nullable=False),

@@ -207,7 +207,14 @@ def _folder(filesystem: fsspec.AbstractFileSystem, prefix: str, root: str, place
 
 
 def _cut(
-    name: str, path: str, place: str, images: list[str], files: dict[str, dict], captions: dict[str, str], shard_size: int, start: int = 0
+    name: str,
+    path: str,
+    place: str,
+    images: list[str],
+    files: dict[str, dict],
+    captions: dict[str, tuple[str, ...]],
+    shard_size: int,
+    start: int = 0,
 ) -> list[Shard]:
     """Slices of a folder's sorted images, numbered from `start`."""
     shards = []
@@ -227,7 +234,7 @@ def _cut(
                 size=sum(files[member].get("size") or 0 for member in members),
                 stamps=tuple(stamps),
                 texts=tuple(beside) if any(beside) else (),
-                captions=tuple(captions.get(member) for member in members) if captions else (),
+                captions=tuple(captions.get(member, ()) for member in members) if captions else (),
             )
         )
     return shards

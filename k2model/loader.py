@@ -30,7 +30,7 @@ class Loaded(NamedTuple):
 
     images: Tensor | None  # uint8 (b, 3, H, W); None where latents are read
     latents: Tensor | None  # float16 (b, 16, H/8, W/8)
-    captions: list[str]
+    captions: list[list[str]]  # all captions of each image, that of schema.PACKED's `caption` first: captions.choose takes one
     uids: list[str]
     num_valid: int
     bucket: tuple[int, int]  # height and width of the images in pixels
@@ -145,11 +145,13 @@ class Loader:
         """Read the rows of one row group and give its images to the decoders."""
         packed, group = self._order.sets[parts[0].group.source], self._order.describe(parts[0].group)
         try:
-            table = packed.table(group, ["uid", "caption"] if self._latents else ["uid", "caption", "image"])
+            names = ["uid", "caption", "other_captions"]
+            table = packed.table(group, names if self._latents else [*names, "image"])
             latents = packed.latents(group) if self._latents else None
         except Exception as error:
             raise ValueError(f"{packed.place(group)} cannot be read: {type(error).__name__}: {error}") from error
-        texts = [table["caption"].to_pylist(), table["uid"].to_pylist()]
+        uids, first, others = (table[name].to_pylist() for name in names)
+        texts = [[[caption, *more] for caption, more in zip(first, others, strict=True)], uids]
         found = []
         for part, pixels in zip(parts, pixels_of, strict=True):
             columns = [[values[row] for row in part.rows] for values in texts]

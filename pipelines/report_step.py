@@ -20,14 +20,17 @@ from curation.explore import contact_sheet
 from curation.plots import number
 from curation.printable import printable
 from curation.shards import write_bytes
+from k2model.flow import draw
 from k2model.order import Order
 from pipelines import recipes
 from pipelines.metrics import read_rows
 from pipelines.report import breakable, picture
 from pipelines.train import curriculum
-from pipelines.train_recipes import TRAIN, TrainRecipe
+from pipelines.train_loop import Span
+from pipelines.train_recipes import TRAIN, Phase, TrainRecipe
+from pipelines.train_step import given
 
-COLUMNS = ["uid", "image", "caption", "caption_source", "shard", "key", "source_height", "source_width"]
+COLUMNS = ["uid", "image", "caption", "caption_source", "other_captions", "shard", "key", "source_height", "source_width"]
 COLUMNS += ["crop_top", "crop_left", "crop_height", "crop_width"]
 SHEET_COLUMNS, SHEET_SIDE = 8, 160
 SAID = ("step", "phase", "index", "losses")  # of metrics.jsonl, which the page says by itself
@@ -46,9 +49,9 @@ def report_step(run: str, step: int, training: str | None = None, recipe: str | 
         ValueError: there is no such step, or the run was packed or described anew since.
     """
     place = training_folder(run, training)
-    phase, index, order = where(run, place, recipe, step)
-    metrics = {"step": step, "phase": phase, "index": index} | step_metrics(place, step)
-    return write(run, place, metrics, step_images(order, index))
+    plan, span, index = where(run, place, recipe, step)
+    metrics = {"step": step, "phase": span.phase.name, "index": index} | step_metrics(place, step)
+    return write(run, place, metrics, seen(step_images(span.order, index), plan, span.phase, step))
 
 
 def training_folder(run: str, training: str | None) -> Path:
@@ -76,8 +79,8 @@ def step_metrics(place: Path, step: int) -> dict[str, Any]:
     return found
 
 
-def where(run: str, place: Path, recipe: str | None, step: int) -> tuple[str, int, Order]:
-    """Phase, number of the global batch there, and order of a step of a training run: from recipe and packed sets alone.
+def where(run: str, place: Path, recipe: str | None, step: int) -> tuple[TrainRecipe, Span, int]:
+    """Recipe, phase with its order, and number of the global batch there, of a step of a training run: from recipe and packed sets alone.
 
     Raises:
         ValueError: a packed set is not the one that was trained on, or the recipe has no such step.
@@ -99,15 +102,16 @@ def where(run: str, place: Path, recipe: str | None, step: int) -> tuple[str, in
                 f"{packed.directory} was packed anew since step 1: its fingerprint is {packed.fingerprint}, and {place} was trained "
                 f"on {fingerprint}. Pack again with the selection of then, which gives the same bytes"
             )
-    return span.phase.name, step - 1 - span.start, span.order
+    return plan, span, step - 1 - span.start
 
 
 def step_images(order: Order, index: int) -> list[dict[str, Any]]:
     """The images of global batch `index` in the order in which the step saw them: row groups, and rows in each.
 
     Returns:
-        One row per image: uid, caption, caption_source, shard and key of the source; packed (folder), file, row_group, row; bucket
-        (height, width); source (height, width) and crop (top, left, height, width) in pixels of the upright source image; image (bytes).
+        One row per image: uid, caption, caption_source, other_captions, shard and key of the source; packed (folder), file, row_group,
+        row; bucket (height, width); source (height, width) and crop (top, left, height, width) in pixels of the upright source image;
+        image (bytes).
     """
     rows = []
     for group in order.batch(index):
@@ -116,7 +120,7 @@ def step_images(order: Order, index: int) -> list[dict[str, Any]]:
         for number_in_group, row in enumerate(table.to_pylist()):
             place = {"packed": packed.directory, "file": described["file"], "row_group": described["row_group"], "row": number_in_group}
             rows.append(
-                {name: row[name] for name in ("uid", "caption", "caption_source", "shard", "key")}
+                {name: row[name] for name in ("uid", "caption", "caption_source", "other_captions", "shard", "key")}
                 | place
                 | {"bucket": (described["bucket_height"], described["bucket_width"])}
                 | {"source": (row["source_height"], row["source_width"])}
@@ -124,6 +128,13 @@ def step_images(order: Order, index: int) -> list[dict[str, Any]]:
                 | {"image": row["image"]}
             )
     return rows
+
+
+def seen(rows: Sequence[dict[str, Any]], plan: TrainRecipe, phase: Phase, step: int) -> list[dict[str, Any]]:
+    """The same rows with `given`: the caption that the step gave the model with the image, empty where it was dropped."""
+    uids, texts = [row["uid"] for row in rows], [[row["caption"], *row["other_captions"]] for row in rows]
+    drop = draw(plan.seed, step - 1, uids, (1, 1, 1), phase.mu).drop.tolist()
+    return [row | {"given": text} for row, text in zip(rows, given(plan, phase, step - 1, uids, texts, drop), strict=True)]
 
 
 def annotations_of(run: str, rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:

@@ -21,11 +21,16 @@ class Phase:
     mu: float  # training times are logit-normal with this mean: the log of the time shift
     num_samples: int  # pictures in the sample grid
     num_groups: int = 1  # row groups in a global batch, whatever the number of ranks
+    caption_mix: tuple[float, float, float] = (0.7, 0.2, 0.1)  # long, medium, short: of images that have captions of several lengths
     precision: str = "fp32"  # bf16, float8_tensorwise, float8_rowwise; weights and optimizer are float32 in all of them
     checkpointing: str = "none"  # of activations: none, selective (attention and half of the products are kept) or full
     align: Any = None  # k2model.align.Align: pull a block's tokens to those of an image encoder, in the first epochs
     merge_last: int = 0  # start from the mean of the last n checkpoints of the phase before (PMA); 0: from its last weights
     keep_optimizer: bool = True  # its moments go on from the phase before
+
+    def __post_init__(self) -> None:
+        if len(self.caption_mix) != 3 or min(self.caption_mix) < 0 or not sum(self.caption_mix):
+            raise ValueError(f"phase {self.name}: caption_mix {self.caption_mix} must be three shares, of long, medium and short captions")
 
     @property
     def mixture(self) -> tuple[tuple[str, float], ...]:
@@ -125,6 +130,8 @@ def k2() -> TrainRecipe:
       warmed up again at each resolution because the loss jumps there. Only the last phase decays, so that the stable
       part of the others can be merged (Krea merges checkpoints instead of keeping an average: `k2 train merge`).
     * Time shift: the mu of Krea's inference schedule at each resolution. Krea swept the training shift and did not publish it.
+    * Captions: predominantly long ones, with short and medium ones throughout, as Krea's; it has not published the shares. 0.7, 0.2, 0.1
+      are near those of LongCat (0.65 detailed, 0.20 of a composition, 0.15 shorter).
     * Caption dropout 0.1, weight decay 0.01 on matrices and norm scales, clip 1.0: the values that peers agree on.
     * Precision and checkpointing as Krea's: 8-bit products scaled by tensor at 256 px and by row at 512 px, bf16 at 1024 px;
       activations are recomputed selectively at first and in full at 1024 px.

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from k2model import align, flow, lora, optim, parallel
+from k2model import align, captions, flow, lora, optim, parallel
 from k2model.attention import Kernel, by_segment, variable_length
 from k2model.checkpoint import Checkpoint
 from k2model.data import to_pixels
@@ -139,8 +139,7 @@ def train_step(
         with torch.no_grad():
             clean = latents_of(batch, parts)
             draw = flow.draw(plan.seed, step, batch.uids, tuple(clean.shape[1:]), phase.mu)
-            dropped = (draw.drop < plan.caption_dropout).tolist()
-            text, mask = parts.encode(["" if drop else caption for drop, caption in zip(dropped, batch.captions, strict=True)])
+            text, mask = parts.encode(given(plan, phase, step, batch.uids, batch.captions, draw.drop.tolist()))
         noise, t, valid = draw.noise.to(device), draw.t.to(device), batch.num_valid
         with parallel.autocast(world, phase.precision):
             velocity = parts.model(flow.noisy(clean, noise, t), t, text, mask, parts.kernel)
@@ -168,6 +167,18 @@ def train_step(
                 group["lr"] = lr
             optimizer.step()
     return result
+
+
+def given(
+    plan: TrainRecipe, phase: Phase, step: int, uids: Sequence[str], texts: Sequence[Sequence[str]], drop: Sequence[float]
+) -> list[str]:
+    """The caption that a step gives the model with each image, out of all of the image's; empty where it is dropped.
+
+    Args:
+        drop: of `flow.draw`.
+    """
+    chosen = [captions.choose(own, phase.caption_mix, plan.seed, step, uid) for uid, own in zip(uids, texts, strict=True)]
+    return ["" if value < plan.caption_dropout else caption for value, caption in zip(drop, chosen, strict=True)]
 
 
 def latents_of(batch: Loaded, parts: Parts) -> Tensor:

@@ -11,7 +11,7 @@ from PIL import Image
 from curation.schema import PACKED
 from curation.shards import fingerprint, write_json, write_row_groups
 
-Picture = tuple[str, str, np.ndarray]  # uid, caption, uint8 (H, W, 3) of its bucket's size
+Picture = tuple[str, str | list[str], np.ndarray]  # uid, caption or captions, uint8 (H, W, 3) of its bucket's size
 
 
 def make_packed(directory: Path, pictures: Sequence[Picture], resolution: int, batch_size: int, groups_per_file: int = 2) -> Path:
@@ -43,16 +43,18 @@ def make_packed(directory: Path, pictures: Sequence[Picture], resolution: int, b
     return directory
 
 
-def row(uid: str, caption: str, pixels: np.ndarray) -> dict:
+def row(uid: str, caption: str | list[str], pixels: np.ndarray) -> dict:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "JPEG", quality=95, subsampling=0)
     height, width = pixels.shape[:2]
     shard, _, key = uid.partition("/")
+    first, *others = [caption] if isinstance(caption, str) else caption
     return {
         "uid": uid,
         "image": buffer.getvalue(),
-        "caption": caption,
+        "caption": first,
         "caption_source": "txt",
+        "other_captions": others,
         "bucket_height": height,
         "bucket_width": width,
         "source_height": height,

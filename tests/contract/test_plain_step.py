@@ -46,7 +46,7 @@ class Plain:
         with torch.no_grad():
             clean = self.codec.encode(to_pixels(batch.images))
             draw = flow.draw(plan.seed, number, batch.uids, tuple(clean.shape[1:]), plan.phases[0].mu)
-            captions = ["" if drop < plan.caption_dropout else caption for drop, caption in zip(draw.drop, batch.captions, strict=True)]
+            captions = ["" if drop < plan.caption_dropout else own[0] for drop, own in zip(draw.drop, batch.captions, strict=True)]
             text, mask = self.encode(captions)
         t = draw.t[:, None, None, None]
 

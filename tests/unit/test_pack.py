@@ -245,7 +245,16 @@ def test_captions_and_images_of_the_buckets_size_come_out_byte_for_byte(tmp_path
     ]
     texts = dict(zip(images, captions, strict=True))
     suffix = {name: "png" if name == "png" else "jpg" for name in images}
-    files = [entry for name in images for entry in ((f"{name}.{suffix[name]}", images[name]), (f"{name}.txt", texts[name].encode()))]
+    others = {name: [f"{text}, short", f"long {text}"] for name, text in texts.items()}
+    files = [
+        (f"{name}.{end}", content)
+        for name in images
+        for end, content in (
+            (suffix[name], images[name]),
+            ("txt", texts[name].encode()),
+            ("json", json.dumps({"captions": others[name]}).encode()),
+        )
+    ]
     (tmp_path / "source").mkdir()
     tar_of(files, tmp_path / "source/a.tar")
     save_listing(list_shards(str(tmp_path / "source")), str(tmp_path))
@@ -257,6 +266,7 @@ def test_captions_and_images_of_the_buckets_size_come_out_byte_for_byte(tmp_path
     assert verb.pack(str(tmp_path), "p", 4, ray="off") == 0
     rows = {row["key"]: row for row in packed_rows(tmp_path)}
     assert {name: row["caption"] for name, row in rows.items()} == texts
+    assert {name: row["other_captions"] for name, row in rows.items()} == others
     assert {name for name, row in rows.items() if row["image"] == images[name]} == {"plain", "progressive"}
     assert all(Image.open(io.BytesIO(row["image"])).size == (32, 32) for row in rows.values())
 

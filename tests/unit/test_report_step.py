@@ -14,7 +14,7 @@ from curation.shards import write_json, write_table
 from k2model.data import Packed
 from k2model.order import Order
 from pipelines import report
-from pipelines.report_step import annotations_of, step_images, where, write
+from pipelines.report_step import annotations_of, seen, step_images, where, write
 
 HOSTILE = "<script>document.title=1</script> \u202e sky"
 RECIPE = """
@@ -115,13 +115,13 @@ def test_every_step_is_found_without_losses_too(run, capsys):
 
 
 def test_an_epoch_of_steps_shows_every_image_once(run):
-    order = where(str(run), run / "train/mine", "my.py:mine", 1)[2]
+    order = where(str(run), run / "train/mine", "my.py:mine", 1)[1].order
     uids = [row["uid"] for i in range(len(order.sets[0])) for row in step_images(order, i)]
     assert sorted(uids) == sorted(uid for uid, _, _ in world())
 
 
 def test_annotations_of_one_file_per_shard_and_of_one_file_for_all(run):
-    order = where(str(run), run / "train/mine", "my.py:mine", 1)[2]
+    order = where(str(run), run / "train/mine", "my.py:mine", 1)[1].order
     rows = [row for i in range(len(order.sets[0])) for row in step_images(order, i)]
     found = annotations_of(str(run), rows)
     for i, (uid, _, _) in enumerate(world()):
@@ -130,8 +130,8 @@ def test_annotations_of_one_file_per_shard_and_of_one_file_for_all(run):
 
 
 def test_hostile_captions_are_text_on_the_page(run, capsys):
-    order = where(str(run), run / "train/mine", "my.py:mine", 1)[2]
-    rows = [row for i in range(len(order.sets[0])) for row in step_images(order, i)]
+    plan, span, _ = where(str(run), run / "train/mine", "my.py:mine", 1)
+    rows = [row for i in range(len(span.order.sets[0])) for row in seen(step_images(span.order, i), plan, span.phase, 1)]
     assert write(str(run), run / "train/mine", {"step": 1, "phase": "32", "index": 0, "loss": 1.0}, rows) == 0
     capsys.readouterr()
     page = (run / "train/mine/step-1.html").read_text()

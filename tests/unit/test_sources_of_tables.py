@@ -125,6 +125,85 @@ def in_img2dataset_parquet(folder):
     (folder / "00000_stats.json").write_text("{}")
 
 
+LONG, SHORT = "a red fox runs through deep snow " * 20, "a fox"
+FURTHER = {
+    "short_caption": SHORT,
+    "caption": "a fox in snow",
+    "caption_long": LONG,
+    "caption_source": "vlm",
+    "captions": ["one", " ", "two"],
+}
+
+
+def several_in_a_tar(folder):
+    tar_of([("a.jpg", PICTURES[0]), ("a.json", json.dumps(FURTHER).encode())], folder / "x.tar")
+
+
+def several_beside_a_file(folder):
+    (folder / "a.jpg").write_bytes(PICTURES[0])
+    (folder / "a.json").write_text(json.dumps(FURTHER))
+
+
+def several_in_parquet(folder):
+    pq.write_table(pa.table({"image": PICTURES[:1]} | {name: [value] for name, value in FURTHER.items()}), folder / "x.parquet")
+
+
+def several_in_arrow(folder):
+    table = pa.table({"image": PICTURES[:1]} | {name: [value] for name, value in FURTHER.items()})
+    with pa.ipc.new_file(str(folder / "x.arrow"), table.schema) as writer:
+        writer.write_table(table)
+
+
+def several_in_metadata_parquet(folder):
+    (folder / "a.jpg").write_bytes(PICTURES[0])
+    pq.write_table(pa.table({"file_name": ["a.jpg"]} | {name: [value] for name, value in FURTHER.items()}), folder / "metadata.parquet")
+
+
+def several_in_metadata_jsonl(folder):
+    (folder / "a.jpg").write_bytes(PICTURES[0])
+    (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "a.jpg"} | FURTHER))
+
+
+@pytest.mark.parametrize("write", [f for name, f in list(globals().items()) if name.startswith("several_in")])
+def test_all_captions_of_an_image_are_read_and_a_saved_listing_gives_the_same(tmp_path, write):
+    (tmp_path / "source").mkdir()
+    write(tmp_path / "source")
+    shards = list_shards(str(tmp_path / "source"))
+    save_listing(shards, str(tmp_path))
+    for listed in (shards, load_listing(str(tmp_path))):
+        (row,) = [row for shard in listed for batch in read_samples(shard) for row in batch.to_pylist()]
+        assert (row["caption"], row["other_captions"]) == ("a fox in snow", [SHORT, LONG, "one", "two"])
+
+
+def test_text_files_of_a_tar_are_captions_and_json_adds_only_what_it_names_as_further_ones(tmp_path):
+    def beside(name: str, **texts: str) -> list[tuple[str, bytes]]:
+        return [(f"{name}.jpg", PICTURES[0]), *((f"{name}.{end.replace('_', '.')}", text.encode()) for end, text in texts.items())]
+
+    unnamed = json.dumps({"description": "licence", "caption": "alt"})
+    files = beside("a", short_txt=SHORT, long_txt=LONG) + beside("b", long_txt=LONG, txt="main", json=unnamed)
+    files += beside("c", txt="main", json=json.dumps({"captions": ["main", "x"] + [f"{i}" for i in range(100)]})) + beside(
+        "d", txt=" ", json=unnamed
+    )
+    tar_of(files, tmp_path / "x.tar")
+    rows = {row["key"]: [row["caption_source"], row["caption"], *row["other_captions"]] for row in rows_of(tmp_path)}
+    assert rows["a"] == ["txt", LONG, SHORT] and rows["b"] == ["txt", "main", LONG] and rows["d"] == ["json", "alt"]
+    assert rows["c"] == ["txt", "main", "x", *(f"{i}" for i in range(62))], "64 captions are the most"
+
+
+def test_a_caption_that_is_a_list_is_several_and_without_one_the_longest_comes_first(tmp_path):
+    table = pa.table(
+        {
+            "image": PICTURES[:3],
+            "caption": [["one", "two", "one"], [], None],
+            "caption_1": ["three", "b", None],
+            "long_caption": ["four", LONG, None],
+        }
+    )
+    pq.write_table(table, tmp_path / "x.parquet")
+    rows = [(row["caption_source"], row["caption"], row["other_captions"]) for row in rows_of(tmp_path)]
+    assert rows == [("column", "one", ["two", "three", "four"]), ("column", LONG, ["b"]), ("name", "x 00000002", [])]
+
+
 @pytest.mark.parametrize("write", [f for name, f in list(globals().items()) if name.startswith("in_") and name != "in_split_folders"])
 def test_bytes_and_captions_come_out_as_they_went_in(tmp_path, write):
     source = write(tmp_path) or tmp_path
@@ -257,7 +336,7 @@ def test_json_captions_that_are_hostile_fall_back_to_the_name(tmp_path):
     assert [(row["caption_source"], row["error"]) for row in rows_of(tmp_path)] == [
         ("json" if i == 3 else "name", None) for i in range(len(texts))
     ]
-    assert columns.caption_of({"caption": "", "text": "b"}) == "b"
+    assert columns.captions_in({"caption": "", "text": "b"}) == ["b"]
 
 
 def test_a_listing_is_not_repeated_and_a_changed_file_is_refused_by_name(tmp_path):
