@@ -40,7 +40,7 @@ _LUMA_50 = np.array(
 class Basics:
     """Facts that need no model. `version` changes whenever a formula does."""
 
-    version: int = 2
+    version: int = 3
     name: ClassVar[str] = "basics"
     schema: ClassVar[pa.Schema] = BASICS
     reads: ClassVar[str] = "view"

@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,8 +13,9 @@ import pytest
 import torch
 from packed_world import landscapes, make_packed
 
+from k2model.text import HashText
+from pipelines import report, train_recipes, train_samples, train_step
 from pipelines import train as verb
-from pipelines import train_recipes, train_samples, train_step
 from pipelines.train_recipes import k2_nano
 
 MEASURED = ("images_per_s", "data_wait", "mfu", "memory_gib")  # of the machine
@@ -160,3 +162,23 @@ def test_a_phase_without_images_is_skipped_and_a_missing_one_is_an_error(data, t
     shutil.rmtree(tmp_path / "packed/p48")
     with pytest.raises(ValueError, match="k2 pack --policy p48"):
         verb.train(str(tmp_path), "tiny")
+
+
+def test_a_step_gives_the_captions_that_the_mix_draws_and_k2_report_says_which(tmp_path, monkeypatch, capsys):
+    pictures = [(uid, [f"{caption} " * 8, f"{caption} " * 40, "sky"], pixels) for uid, caption, pixels in landscapes(9, [(32, 32)])]
+    make_packed(tmp_path / "packed" / "p32", pictures, 32, 3)
+    texts = {uid: captions for uid, captions, _ in pictures}
+    phase = replace(tiny_recipe().phases[0], steps=8, caption_mix=(0.5, 0, 0.5))
+    monkeypatch.setitem(train_recipes.TRAIN, "tiny", lambda: replace(tiny_recipe(), phases=(phase,), caption_dropout=0.3, hold_out=0))
+    calls, encode = [], HashText._encode
+    monkeypatch.setattr(HashText, "_encode", lambda self, device, captions: (calls.append(captions), encode(self, device, captions))[1])
+    assert verb.train(str(tmp_path), "tiny", str(tmp_path / "train" / "tiny"), "cpu", threads=1) == 0
+    capsys.readouterr()
+    seen = Counter()
+    for step in range(1, 9):
+        assert report.main(["--run", str(tmp_path), "--step", str(step)]) == 0
+        rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()][:-1]
+        assert [row["given"] for row in rows] == calls[step - 1]
+        assert all(row["given"] in ("", *texts[row["uid"]][1:]) for row in rows), "short and long ones, and none of medium length"
+        seen.update("long" if len(row["given"]) > 480 else row["given"] for row in rows)
+    assert seen["long"] > 2 and seen["sky"] > 2 and seen[""] > 2 and seen.total() == 24
