@@ -21,10 +21,16 @@ SEED = 3
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory) -> list[Packed]:
     place = tmp_path_factory.mktemp("packed")
-    return [
-        Packed(make_packed(place / "many", landscapes(23, SIZES), 32, 4)),
-        Packed(make_packed(place / "few", [(f"few/{uid}", *rest) for uid, *rest in landscapes(7, SIZES, seed=1)], 32, 3)),
-    ]
+    few = [(f"few/{uid}", caption, pixels) for uid, caption, pixels in landscapes(7, SIZES, seed=1)]
+    many, few = (
+        [(uid, [caption, *further(uid)], pixels) for uid, caption, pixels in pictures] for pictures in (landscapes(23, SIZES), few)
+    )
+    return [Packed(make_packed(place / "many", many, 32, 4)), Packed(make_packed(place / "few", few, 32, 3))]
+
+
+def further(uid: str) -> list[str]:
+    """0, 1 or 2 more captions of an image."""
+    return [f"{uid} again", f"{uid} once more"][: int(uid[-1]) % 3]
 
 
 def loaded(order: Order, rank: int, world: int, start: int, count: int, **how) -> list:
@@ -36,9 +42,9 @@ def loaded(order: Order, rank: int, world: int, start: int, count: int, **how) -
 
 
 def valid(parts: list) -> list[tuple]:
-    """(uid, caption, source, bytes of the pixels) of every row that counts."""
+    """(uid, captions, source, bytes of the pixels) of every row that counts."""
     return [
-        (part.uids[row], part.captions[row], part.group.source, part.images[row].numpy().tobytes())
+        (part.uids[row], tuple(part.captions[row]), part.group.source, part.images[row].numpy().tobytes())
         for part in parts
         for row in range(part.num_valid)
     ]
@@ -55,7 +61,7 @@ def test_the_ranks_together_read_the_same_images_at_any_world_size(sets, num_gro
     for i in range(start, start + count):  # read one after the other, with nothing ahead
         batches = [(group.source, order.sets[group.source].read(order.describe(group))) for group in order.batch(i)]
         rows = [
-            (uid, caption, source, pixels.numpy().tobytes())
+            (uid, (caption, *further(uid)), source, pixels.numpy().tobytes())
             for source, batch in batches
             for pixels, caption, uid in zip(*batch, strict=True)
         ]
