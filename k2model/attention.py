@@ -4,13 +4,28 @@
 `flexible` in a model that is compiled for CUDA.
 """
 
+import inspect
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 from torch.utils.flop_counter import register_flop_formula
+
+from k2model.transfer import send
+
+# torch 2.11 takes fewer heads of keys and values without a word, later ones must be told.
+ASKS_FOR_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+
+class Together(NamedTuple):
+    """A batch with the tokens of each sample next to each other."""
+
+    order: Tensor | None  # (T,) the token that each place takes; None where they lie so already
+    inverse: Tensor | None  # (T,) the place of each token
+    ends: Tensor  # (B + 1,) int32: where the samples end, from 0
 
 
 class Tokens(NamedTuple):
@@ -22,6 +37,7 @@ class Tokens(NamedTuple):
     rope: Tensor | None  # of the image tokens, as `rope_table` gives it
     kernel: "Kernel"
     cap: int  # no sample has more text tokens
+    together: Together  # the same for all blocks, so it is found once
     text_read: bool = True  # whether text is read after the block; after the last it is not
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -39,15 +55,33 @@ Kernel = Callable[[Tensor, Tensor, Tensor, Tokens], Tensor]
 
 @torch.compiler.disable  # the one thing whose shape is known only from values: what follows is compiled for any number of tokens
 def pack(text: Tensor, mask: Tensor | None, kernel: Kernel) -> tuple[Tensor, Tokens]:
-    """(B, L, ...) to the valid tokens of all samples (N, ...), and where they are."""
+    """(B, L, ...) to the valid tokens of all samples (N, ...), and where they are. Waits for the GPU only if the mask is there."""
     batch, cap = text.shape[:2]
-    counts = torch.full((batch,), cap, device=text.device) if mask is None else mask.sum(1)
-    lengths = counts.cpu()
-    owner = torch.arange(batch, device=text.device).repeat_interleave(counts, output_size=int(lengths.sum()))
-    text = text.flatten(0, 1) if mask is None else text[mask]
+    mask = torch.ones(batch, cap, dtype=torch.bool) if mask is None else mask.cpu()
+    lengths, rows = mask.sum(1), mask.flatten().nonzero()[:, 0]
+    owner = send(torch.arange(batch).repeat_interleave(lengths), text.device)
+    text = text.flatten(0, 1)
+    if len(rows) < len(text):
+        text = text[send(rows, text.device)]
     for x in (text, owner):
         torch._dynamo.maybe_mark_dynamic(x, 0)
-    return text, Tokens(0, lengths, owner, None, kernel, cap)
+    return text, Tokens(0, lengths, owner, None, kernel, cap, Together(None, None, ends_of(lengths, 0, text.device)))
+
+
+@torch.compiler.disable
+def with_images(alone: Tokens, image_tokens: int, rope: Tensor) -> Tokens:
+    """The tokens of `pack` behind those of images."""
+    tokens = alone._replace(image_tokens=image_tokens, rope=rope)
+    order = owners(tokens).argsort(stable=True)
+    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    for x in (order, inverse):
+        torch._dynamo.maybe_mark_dynamic(x, 0)
+    return tokens._replace(together=Together(order, inverse, ends_of(alone.lengths, image_tokens, order.device)))
+
+
+def ends_of(lengths: Tensor, image_tokens: int, device: torch.device) -> Tensor:
+    """(B + 1,) int32: where samples that follow each other end."""
+    return send(F.pad((lengths + image_tokens).cumsum(0), (1, 0)).int(), device)
 
 
 def by_segment(q: Tensor, k: Tensor, v: Tensor, tokens: Tokens) -> Tensor:
@@ -60,17 +94,19 @@ def by_segment(q: Tensor, k: Tensor, v: Tensor, tokens: Tokens) -> Tensor:
 
 
 def variable_length(q: Tensor, k: Tensor, v: Tensor, tokens: Tokens) -> Tensor:
-    """A `Kernel` in one call of `torch.nn.attention.varlen`, for CUDA in half precision. Not run where it was written."""
-    from torch.nn.attention.varlen import varlen_attn
+    """A `Kernel` in one call of `torch.nn.attention.varlen`, for CUDA in half precision.
 
-    q, k, v, order = by_sample(q, k, v, tokens)
-    sizes = (tokens.owner == torch.arange(len(tokens.lengths), device=q.device)[:, None]).sum(1) + tokens.image_tokens
-    ends, longest = F.pad(sizes.cumsum(0), (1, 0)).int(), tokens.image_tokens + tokens.cap
+    Not run on a GPU where it was written: tests run it with the operator of a GPU exchanged for one of a CPU.
+    """
+    if torch.is_autocast_enabled(q.device.type):  # as PyTorch's attention does; an update of LoRA leaves float32 behind
+        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
+    q, k, v = by_sample(q, k, v, tokens)
+    ends, longest = tokens.together.ends, tokens.image_tokens + tokens.cap
+    grouped: dict[str, Any] = {"enable_gqa": q.shape[1] != k.shape[1]} if ASKS_FOR_GROUPS else {}
     if tokens.text_read:
-        out = varlen_attn(q, k, v, ends, ends, longest, longest, enable_gqa=q.shape[1] != k.shape[1])
-        return torch.empty_like(out).index_copy(0, order, out)
+        return by_token(varlen_attn(q, k, v, ends, ends, longest, longest, **grouped), tokens)
     of_images = torch.arange(len(ends), device=q.device, dtype=torch.int32) * tokens.image_tokens
-    return varlen_attn(q, k, v, of_images, ends, tokens.image_tokens, longest, enable_gqa=q.shape[1] != k.shape[1])
+    return varlen_attn(q, k, v, of_images, ends, tokens.image_tokens, longest, **grouped)
 
 
 def flexible(q: Tensor, k: Tensor, v: Tensor, tokens: Tokens) -> Tensor:
@@ -91,13 +127,13 @@ def flexible(q: Tensor, k: Tensor, v: Tensor, tokens: Tokens) -> Tensor:
 @torch.compiler.disable  # lengths change with every batch: a graph of its own for each would never stop compiling
 def each_segment(q: Tensor, k: Tensor, v: Tensor, tokens: Tokens) -> Tensor:
     """`by_segment` of differentiable operators."""
-    q, k, v, order = by_sample(q, k, v, tokens)
+    q, k, v = by_sample(q, k, v, tokens)
     sizes = (tokens.lengths + tokens.image_tokens).tolist()
     asked = sizes if tokens.text_read else [tokens.image_tokens] * len(sizes)
     samples = zip(*(x.transpose(0, 1).split(n, 1) for x, n in ((q, asked), (k, sizes), (v, sizes))), strict=True)
     grouped = q.shape[1] != k.shape[1]
     out = torch.cat([F.scaled_dot_product_attention(*(x[None] for x in one), enable_gqa=grouped)[0].transpose(0, 1) for one in samples])
-    return torch.empty_like(out).index_copy(0, order, out) if tokens.text_read else out
+    return by_token(out, tokens) if tokens.text_read else out
 
 
 def owners(tokens: Tokens) -> Tensor:
@@ -114,11 +150,32 @@ def rotated(q: Tensor, k: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
     return tuple(torch.cat([rotate(image, tokens.rope).flatten(0, 1), text]) for image, text in parts)
 
 
-def by_sample(q: Tensor, k: Tensor, v: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """q and k rotated, all three with each sample's tokens together, and (T,) the token that each place took."""
-    order = owners(tokens).argsort(stable=True)
+def by_sample(q: Tensor, k: Tensor, v: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
+    """q and k rotated, and all three with each sample's tokens together."""
     q, k = rotated(q, k, tokens)
-    return q[order] if tokens.text_read else q, k[order], v[order], order
+    order, inverse, _ = tokens.together
+    if order is None:
+        return q, k, v
+    return Moved.apply(q, order, inverse) if tokens.text_read else q, Moved.apply(k, order, inverse), Moved.apply(v, order, inverse)
+
+
+def by_token(x: Tensor, tokens: Tokens) -> Tensor:
+    """Back from `by_sample`."""
+    order, inverse, _ = tokens.together
+    return x if order is None else Moved.apply(x, inverse, order)
+
+
+class Moved(torch.autograd.Function):
+    """x[order] (T, ...), with `inverse` to undo it. PyTorch's own backward does not know that no row is read twice: it sorts, and adds."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return x.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad.index_select(0, ctx.saved_tensors[0]), None, None
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:

@@ -21,8 +21,8 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.checkpoint._consolidate_hf_safetensors import consolidate_safetensors_files
+from torch.distributed.checkpoint._state_dict_stager import StateDictStager
 from torch.distributed.checkpoint.filesystem import FileSystem
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor
 
 Files = Mapping[str, Mapping[str, Tensor]]
@@ -96,9 +96,9 @@ class Saver:
         if (keep_last is not None and keep_last < 1) or (keep_every is not None and keep_every < 1):
             raise ValueError(f"keep_last and keep_every must be 1 or more; got {keep_last} and {keep_every}")
         self.directory, self.group, self.keep_last, self.keep_every = directory, group, keep_last, keep_every
-        cuda = torch.cuda.is_available()
-        # The copies stay from one save to the next: pinned memory is slow to get.
-        self._stager = DefaultStager(StagingOptions(cuda, False, False, cuda))
+        # The copies stay from one save to the next: pinned memory is slow to get. (torch 2.11's DefaultStager forgets them, and can be
+        # used only once.)
+        self._stager = StateDictStager(pin_memory=torch.cuda.is_available())
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
 
@@ -115,7 +115,11 @@ class Saver:
             OSError: this checkpoint could not be begun or, with `wait`, written; or the one before could not.
         """
         self.wait()
-        staged = self._stager.stage({name: {key: tensor.detach() for key, tensor in tensors.items()} for name, tensors in files.items()})
+        cuda = torch.cuda.is_available()
+        tensors_of = {name: {key: tensor.detach() for key, tensor in tensors.items()} for name, tensors in files.items()}
+        staged = self._stager.stage(tensors_of, non_blocking=cuda)
+        if cuda:
+            torch.cuda.synchronize()
         self._thread = threading.Thread(target=self._run, args=(step, staged, state), name=f"checkpoint {step}")
         self._thread.start()
         if wait:

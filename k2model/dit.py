@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from k2model.attention import Kernel, Tokens, by_segment, pack
+from k2model.attention import Kernel, Tokens, by_segment, pack, with_images
 
 
 @dataclass(frozen=True)
@@ -288,7 +288,7 @@ class DiT(nn.Module):
         time = self.tmlp(time_features(t, self.config.time_dim).to(self.tmlp[0].weight.dtype))
         rope = rope_table(self.config, rows, columns, latents.device)
         text, alone = pack(text, text_mask, kernel)
-        tokens = alone._replace(image_tokens=rows * columns, rope=rope)
+        tokens = with_images(alone, rows * columns, rope)
         words, image, block_time = self.txtmlp(self.txtfusion(text, alone)), self.first(patches), self.tproj(time)
         for i, block in enumerate(self.blocks, start=1):
             image, words = block(image, words, block_time, tokens._replace(text_read=i < len(self.blocks)))

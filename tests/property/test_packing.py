@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from k2model.attention import Tokens, by_segment, each_segment, flexible, pack, rotate
+from k2model.attention import Tokens, by_segment, each_segment, flexible, pack, rotate, with_images
 from k2model.dit import Config, DiT, rope_table
 
 SMALL = Config(
@@ -36,7 +36,7 @@ def packed(lengths: list[int], rows: int, columns: int, text_read: bool) -> Toke
     mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
     tokens = pack(torch.zeros(*mask.shape, 1), mask, by_segment)[1]
     rope = rope_table(Config(width=64, num_heads=4, num_kv_heads=2), rows, columns, torch.device("cpu")) if rows else None
-    return tokens._replace(image_tokens=rows * columns, rope=rope, text_read=text_read)
+    return (with_images(tokens, rows * columns, rope) if rows else tokens)._replace(text_read=text_read)
 
 
 def under_a_mask(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tokens: Tokens) -> torch.Tensor:
