@@ -27,6 +27,7 @@ import sys
 import tarfile
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +49,9 @@ RESOLUTION, PER_TAR, BUFFER = 256, 1000, 1000
 CONTENDERS = ("parts", "k2", "webdataset", "streaming")
 
 
-def corpus(run: Path, count: int, images: str | None, shape: tuple[int, int]) -> None:
+def corpus(
+    run: Path, count: int, images: str | None, shape: tuple[int, int], resolution: int = RESOLUTION, captions: Sequence[str] = ()
+) -> None:
     """RUN with tars of `count` JPEGs of (height, width) or (width, height), and a selection of them all."""
     if images:
         files = sorted(path for path in Path(images).rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
@@ -66,17 +69,17 @@ def corpus(run: Path, count: int, images: str | None, shape: tuple[int, int]) ->
                 picture, (high, wide) = pictures[i % len(pictures)], shape if i % 3 else shape[::-1]
                 top, left = rng.integers(picture.shape[0] - high + 1), rng.integers(picture.shape[1] - wide + 1)
                 crop = np.ascontiguousarray(picture[top : top + high, left : left + wide])
-                for suffix, content in (("jpg", jpeg(crop)), ("txt", f"image {i}".encode())):
+                for suffix, content in (("jpg", jpeg(crop)), ("txt", (captions[i] if captions else f"image {i}").encode())):
                     entry = tarfile.TarInfo(f"{i:08d}.{suffix}")
                     entry.size = len(content)
                     tar.addfile(entry, io.BytesIO(content))
                 for name, value in zip(columns, (shard, f"{i:08d}", high, wide), strict=True):
                     columns[name].append(value)
     save_listing(list_shards(str(run / "source")), str(run))
-    placed = place(columns["height"], columns["width"], RESOLUTION)
+    placed = place(columns["height"], columns["width"], resolution)
     facts = {"uid": [f"{s}/{k}" for s, k in zip(columns["shard"], columns["key"], strict=True)], "shard": columns["shard"]}
     facts |= {"key": columns["key"]} | {name: pa.array(values, pa.int32()) for name, values in placed._asdict().items()}
-    choose(run, pa.table(facts).select(SELECTION.names).cast(SELECTION))
+    choose(run, pa.table(facts).select(SELECTION.names).cast(SELECTION), resolution)
 
 
 def enlarged(picture: np.ndarray, side: int) -> np.ndarray:
@@ -92,9 +95,9 @@ def jpeg(pixels: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def choose(run: Path, selection: pa.Table) -> None:
+def choose(run: Path, selection: pa.Table, resolution: int = RESOLUTION) -> None:
     write_table(selection, run / "selection/p.parquet", "bench", row_group_size=100_000)
-    write_json({"resolution": RESOLUTION}, run / "selection/p.funnel.json")
+    write_json({"resolution": resolution}, run / "selection/p.funnel.json")
 
 
 def k2(run: Path, out: Path, *flags: str) -> None:

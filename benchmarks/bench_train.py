@@ -19,6 +19,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -39,7 +40,7 @@ from k2model.layouts import diffusers_config
 from k2model.loader import Loaded
 from k2model.order import Group
 from k2model.parallel import World
-from k2model.text import Qwen3VLText
+from k2model.text import PREFIX, SUFFIX, Qwen3VLText
 from k2model.vae import QwenImageVae
 from pipelines.run_folder import commit, versions
 from pipelines.train_recipes import Phase, TrainRecipe
@@ -76,51 +77,85 @@ def frozen_parts(folder: Path, tokenizer: str, width: int) -> None:
 
 
 class Plain:
-    """A training step from the parts of diffusers and transformers."""
+    """A training step from the parts of diffusers and transformers, all on one device.
 
-    def __init__(self, folder: Path, weights: dict[str, torch.Tensor], config: Config, trim: bool, compiled: bool):
-        self.words = AutoTokenizer.from_pretrained(folder / "text")
-        encoder = Qwen3VLModel.from_pretrained(folder / "text", dtype=torch.float32).eval().requires_grad_(False)
-        self.pipeline = Krea2Pipeline(FlowMatchEulerDiscreteScheduler(), None, encoder, self.words, None, text_encoder_select_layers=TAPS)
-        self.vae = AutoencoderKLQwenImage.from_pretrained(folder / "vae").eval().requires_grad_(False)
-        shape = (1, -1, 1, 1, 1)
-        self.mean = torch.tensor(self.vae.config.latents_mean).view(shape)
-        self.std = torch.tensor(self.vae.config.latents_std).view(shape)
-        self.model = Krea2Transformer2DModel.from_config(diffusers_config(config))
-        self.model.load_state_dict(convert_krea2_transformer_checkpoint_to_diffusers(dict(weights)))
-        self.call = torch.compile(self.model) if compiled else self.model
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
-        self.trim = trim
+    Args:
+        words: Tokenizer.
+        encoder: Qwen3VLModel.
+        model: Krea2Transformer2DModel, or what is called like it.
+        trim: Cut the text after the longest caption of the batch.
+        precision: bf16 runs the model under autocast.
+    """
 
-    def step(self, plan: TrainRecipe, phase: Phase, batch: Loaded, number: int, lr: float) -> float:
+    def __init__(
+        self,
+        words: Any,
+        encoder: Any,
+        vae: AutoencoderKLQwenImage,
+        model: torch.nn.Module,
+        trim: bool,
+        compiled: bool,
+        taps: tuple[int, ...] = TAPS,
+        precision: str = "fp32",
+    ):
+        self.words, self.vae, self.model, self.trim, self.precision = words, vae, model, trim, precision
+        self.pipeline = Krea2Pipeline(FlowMatchEulerDiscreteScheduler(), None, encoder, words, None, text_encoder_select_layers=taps)
+        self.pipeline.prompt_template_encode_start_idx = len(words(PREFIX).input_ids)  # 34 and 5 with Qwen's tokenizer
+        self.pipeline.prompt_template_encode_num_suffix_tokens = len(words(SUFFIX).input_ids)
+        shape, self.device = (1, -1, 1, 1, 1), vae.device
+        self.mean = torch.tensor(vae.config.latents_mean, device=self.device).view(shape)
+        self.std = torch.tensor(vae.config.latents_std, device=self.device).view(shape)
+        self.call = torch.compile(model) if compiled else model
+        self.optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+
+    def step(self, plan: TrainRecipe, phase: Phase, batches: Sequence[Loaded], number: int, lr: float) -> float:
         """One optimizer step; the loss."""
+        self.optimizer.zero_grad()
+        total, images = 0.0, sum(len(batch.uids) for batch in batches)
+        for batch in batches:
+            loss = self.loss(plan, phase, batch, number) * len(batch.uids) / images
+            loss.backward()
+            total += loss.detach()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), plan.clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        return float(total)
+
+    def loss(self, plan: TrainRecipe, phase: Phase, batch: Loaded, number: int) -> torch.Tensor:
+        """The mean over the images of a batch."""
+        device = self.device
         with torch.no_grad():
-            pixels = batch.images.float() / 127.5 - 1
-            clean = ((self.vae.encode(pixels.unsqueeze(2)).latent_dist.mode() - self.mean) / self.std).squeeze(2)
+            pixels = (batch.images.to(device).float() / 127.5 - 1).to(self.vae.dtype)
+            clean = ((self.vae.encode(pixels.unsqueeze(2)).latent_dist.mode().float() - self.mean) / self.std).squeeze(2)
             draw = flow.draw(plan.seed, number, batch.uids, tuple(clean.shape[1:]), phase.mu)
             prompts = ["" if drop < plan.caption_dropout else own[0] for drop, own in zip(draw.drop, batch.captions, strict=True)]
             text, mask = self.pipeline.get_text_hidden_states(prompts)
             if self.trim:  # padding lies between prompt and suffix: sort the valid tokens to the front, then cut
                 order = (~mask).int().argsort(dim=1, stable=True)[:, : int(mask.sum(1).max())]
-                rows = torch.arange(len(text))[:, None]
+                rows = torch.arange(len(text), device=device)[:, None]
                 text, mask = text[rows, order], mask[rows, order]
-        t = draw.t[:, None, None, None]
-        latents = (1 - t) * clean + t * draw.noise
+        noise, times = draw.noise.to(device), draw.t.to(device)
+        t = times[:, None, None, None]
+        latents = (1 - t) * clean + t * noise
         height, width = (side // 2 for side in latents.shape[2:])
         tokens = latents.unflatten(3, (width, 2)).unflatten(2, (height, 2)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
         grid = torch.cartesian_prod(torch.arange(height), torch.arange(width))
-        positions = torch.cat([torch.zeros(text.shape[1], 3), torch.cat([torch.zeros(len(grid), 1), grid], 1)])
-        out = self.call(tokens, text, draw.t, positions, mask, return_dict=False)[0]
-        target = draw.noise - clean
+        positions = torch.cat([torch.zeros(text.shape[1], 3), torch.cat([torch.zeros(len(grid), 1), grid], 1)]).to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            out = self.call(tokens, text, times, positions, mask, return_dict=False)[0]
+        target = noise - clean
         target = target.unflatten(3, (width, 2)).unflatten(2, (height, 2)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-        loss = F.mse_loss(out, target)
-        self.optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), plan.clip)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        return float(loss.detach())
+        return F.mse_loss(out.float(), target)
+
+
+def plain(folder: Path, weights: dict[str, torch.Tensor], config: Config, trim: bool, compiled: bool) -> Plain:
+    """The plain step with these weights and the frozen parts of a folder, on a CPU in float32."""
+    encoder = Qwen3VLModel.from_pretrained(folder / "text", dtype=torch.float32).eval().requires_grad_(False)
+    vae = AutoencoderKLQwenImage.from_pretrained(folder / "vae").eval().requires_grad_(False)
+    model = Krea2Transformer2DModel.from_config(diffusers_config(config))
+    model.load_state_dict(convert_krea2_transformer_checkpoint_to_diffusers(dict(weights)))
+    return Plain(AutoTokenizer.from_pretrained(folder / "text"), encoder, vae, model, trim, compiled)
 
 
 class Ours:
@@ -132,9 +167,9 @@ class Ours:
             plan, phase, order, plan.text.load("cpu"), plan.vae.load("cpu"), World(0, 1, torch.device("cpu")), None, aligned=False
         )
 
-    def step(self, plan: TrainRecipe, phase: Phase, batch: Loaded, number: int, lr: float) -> float:
+    def step(self, plan: TrainRecipe, phase: Phase, batches: Sequence[Loaded], number: int, lr: float) -> float:
         """One optimizer step; the loss."""
-        return train_step(self.parts, plan, phase, [batch], len(batch.uids), number, lr).loss
+        return train_step(self.parts, plan, phase, batches, sum(batch.num_valid for batch in batches), number, lr).loss
 
 
 def recipe(folder: Path, config: Config, side: int, compiled: bool) -> tuple[TrainRecipe, Phase]:
@@ -159,13 +194,13 @@ def curves(folder: Path, steps: int) -> dict[str, Any]:
     """Both forms from the same weights, the same batches: how far the losses are apart."""
     plan, phase = recipe(folder, TINY, 64, False)
     ours = Ours(plan, phase)
-    plain = Plain(folder, ours.parts.model.state_dict(), TINY, trim=False, compiled=False)
+    released = plain(folder, ours.parts.model.state_dict(), TINY, trim=False, compiled=False)
     found: dict[str, list[float]] = {"ours": [], "released": []}
     for number in range(steps):
-        batch = batch_of(plain.words, 64, 2, number, 20)
+        batch = batch_of(released.words, 64, 2, number, 20)
         lr = 1e-3 * min(1.0, (number + 1) / 20)
-        found["ours"].append(ours.step(plan, phase, batch, number, lr))
-        found["released"].append(plain.step(plan, phase, batch, number, lr))
+        found["ours"].append(ours.step(plan, phase, [batch], number, lr))
+        found["released"].append(released.step(plan, phase, [batch], number, lr))
     apart = [abs(a - b) / b for a, b in zip(*found.values(), strict=True)]
     first, last = np.mean(found["ours"][:10]), np.mean(found["ours"][-10:])
     return {
@@ -198,7 +233,7 @@ def main(
         forms: dict[str, Any] = {"ours": Ours(plan, phase)}
         weights = {name.replace("_orig_mod.", ""): value.clone() for name, value in forms["ours"].parts.model.state_dict().items()}
         for name in ("released", "trimmed"):
-            forms[name] = Plain(folder, weights, SMALL, name == "trimmed", compiled)
+            forms[name] = plain(folder, weights, SMALL, name == "trimmed", compiled)
         words = forms["trimmed"].words
         spent: dict[str, list[float]] = {name: [] for name in forms}
         losses: dict[str, list[float]] = {name: [] for name in forms}
@@ -206,7 +241,7 @@ def main(
             drawn = batch_of(words, side, batch, number, median)
             for name, form in forms.items():
                 clock = time.process_time()
-                losses[name].append(form.step(plan, phase, drawn, number, 1e-4))
+                losses[name].append(form.step(plan, phase, [drawn], number, 1e-4))
                 if number >= 2:
                     spent[name].append(time.process_time() - clock)
                 print(f"step {number} {name}: {time.process_time() - clock:.2f} s", file=sys.stderr, flush=True)
