@@ -17,7 +17,8 @@ A case is warmed up, then timed step by step; the median counts. `mfu` is k2mode
 frozen parts included, and the GPU's bf16 peak; `mfu_model` over the time of the model's forward and backward alone. `parts` are shares
 of the step on the GPU's timeline, `data_wait` the share that the loop waited for the Loader. `memory_gib` is beyond the frozen parts,
 `plan_gib` what `k2 train --dry-run` says. A case that fails is a row with `error`. Every row is written to
-benchmarks/results/step.jsonl when its case is done, by a process that is replaced if it dies. `--device cpu` runs the same code on a tiny model.
+benchmarks/results/step.jsonl when its case is done, by a process that is replaced if it dies.
+`--device cpu` runs the same code on a tiny model.
 """
 
 import gc
@@ -40,6 +41,7 @@ import tyro
 from bench_dit import theirs
 from bench_train import Plain
 from step_parts import SCALES, Clock, language_model, packed_sets, quick_weights, recipe, video_vae, words
+from step_table import draw, table
 from torch import nn
 
 from k2model import parallel
@@ -326,48 +328,6 @@ def supervise(command: list[str], chosen: list[Case], deadline: float, out: Path
             with out.open("a") as file:
                 file.write(json.dumps({"number": first} | asdict(chosen[first]) | {"error": said, "run": label}) + "\n")
             first += 1
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """A line a case."""
-    lines = []
-    for row in rows:
-        form = f"{row['side']:5} {row['who']:8} {row['precision']:17} {row.get('kernel') or '-':15} {row['checkpointing'] or '-':9} "
-        form += f"{'compiled' if row['compiled'] else 'eager':8} {row['rows'] or '':3} "
-        if "error" in row:
-            lines.append(form + row["error"].splitlines()[0][:110])
-            continue
-        numbers = [f"{row['images_per_s']:8.2f} images/s", f"data wait {row['data_wait']:.2%}"]
-        numbers += [f"MFU {row[name]:.1%}{of}" for name, of in (("mfu", ""), ("mfu_model", " of the model")) if row.get(name)]
-        if row.get("memory_gib"):
-            numbers.append(f"{row['memory_gib']:.1f} GiB" + (f" (plan {row['plan_gib']:.1f})" if "plan_gib" in row else ""))
-        numbers += [f"{name} {share:.0%}" for name, share in row.get("parts", {}).items()]
-        lines.append(form + ", ".join(numbers))
-    return "\n".join(lines)
-
-
-def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Images per second of every case, by side."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    good = [row for row in rows if "error" not in row]
-    sides = sorted({row["side"] for row in good})
-    figure, axes = pyplot.subplots(1, len(sides), figsize=(5 * len(sides), 4), layout="constrained", squeeze=False)
-    for axis, side in zip(axes[0], sides, strict=True):
-        own = [row for row in good if row["side"] == side]
-        names = [
-            f"{row['who']} {row['precision']} {row.get('kernel') or ''}\n{'compiled' if row['compiled'] else 'eager'} {row['checkpointing']}"
-            for row in own
-        ]
-        axis.barh([f"{i + 1} {name}" for i, name in enumerate(names)], [row["images_per_s"] for row in own], color="#4477aa")
-        axis.invert_yaxis()
-        axis.set_title(f"{side} px, images/s")
-        axis.tick_params(labelsize=6)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
 
 
 def main(

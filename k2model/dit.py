@@ -14,6 +14,7 @@ caller's business.
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -309,10 +310,16 @@ def rope_table(config: Config, rows: int, columns: int, device: torch.device) ->
 
     Text lies at (0, 0, 0), where nothing is rotated. FSDP, which casts real inputs of a block to bf16, leaves complex ones alone.
     """
-    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-    angles = []
-    for dim, position in zip(config.rope_dims, (torch.zeros_like(row), row, column), strict=True):
-        frequencies = config.rope_theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-        angles.append(position.flatten().double()[:, None] * frequencies)
-    angle = torch.cat(angles, dim=1)[:, None]
-    return torch.complex(angle.cos().float(), angle.sin().float()).to(device)
+    return _rotations(config.rope_dims, config.rope_theta, rows, columns, device)
+
+
+@lru_cache(maxsize=64)  # buckets; 2 MiB at 1024 px, made on the CPU
+def _rotations(dims: tuple[int, ...], theta: float, rows: int, columns: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # it is kept for calls that train
+        row, column = torch.meshgrid(torch.arange(rows, device="cpu"), torch.arange(columns, device="cpu"), indexing="ij")
+        angles = []
+        for dim, position in zip(dims, (torch.zeros_like(row), row, column), strict=True):
+            frequencies = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64, device="cpu") / dim)
+            angles.append(position.flatten().double()[:, None] * frequencies)
+        angle = torch.cat(angles, dim=1)[:, None]
+        return torch.complex(angle.cos().float(), angle.sin().float()).to(device)

@@ -1,7 +1,8 @@
 """Text encoders: captions to a stack of hidden states per token.
 
 A description's `load(device)` gives a function from captions to `(states, mask)`: states (B, L, taps, dim) and mask
-(B, L) bool, True for valid tokens. Every caption, the empty one too, has at least one valid token. L is the longest
+(B, L) bool, True for valid tokens (on the CPU, where
+the model counts them). Every caption, the empty one too, has at least one valid token. L is the longest
 caption of the batch: text has no positions in the model, so padding is only there to make a rectangle.
 """
 
@@ -17,6 +18,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from k2model.transfer import send
 
 Encode = Callable[[list[str]], tuple[Tensor, Tensor]]
 
@@ -129,17 +132,18 @@ class _PackedEncoder:
         drop = len(self.prefix) - cached
         packed = self._run([row[cached:] for row in rows], cached)
         lengths = torch.tensor([len(row) - len(self.prefix) for row in rows])
-        mask = (torch.arange(int(lengths.max())) < lengths[:, None]).to(packed.device)
-        states = packed.new_zeros(*mask.shape, *packed.shape[1:])
-        keep = [torch.arange(len(row) - cached) >= drop for row in rows]
-        states[mask] = packed[torch.cat(keep).to(packed.device)]
-        return states, mask
+        mask = torch.arange(int(lengths.max())) < lengths[:, None]
+        states = packed.new_zeros(mask.numel(), *packed.shape[1:])
+        keep = torch.cat([torch.arange(len(row) - cached) >= drop for row in rows])
+        # Numbers of rows and no masks, which the GPU would have to be waited for to count.
+        states[send(mask.flatten().nonzero()[:, 0], packed.device)] = packed[send(keep.nonzero()[:, 0], packed.device)]
+        return states.unflatten(0, mask.shape), mask
 
     def _run(self, rows: list[list[int]], cached: int, keep: Callable[[tuple[Tensor, Tensor]], None] | None = None) -> Tensor:
         """States (tokens of all rows, taps, dim); `cached` tokens of the prefix come before every row, from the cache."""
         model = self.model
-        x = model.embed_tokens(torch.tensor([[token for row in rows for token in row]], device=model.device))
-        positions = torch.cat([torch.arange(cached, cached + len(row)) for row in rows]).to(model.device)
+        x = model.embed_tokens(send(torch.tensor([[token for row in rows for token in row]]), model.device))
+        positions = send(torch.cat([torch.arange(cached, cached + len(row)) for row in rows]), model.device)
         rope = model.rotary_emb(x, positions.expand(3, 1, -1))
         states = {}
         for i, layer in enumerate(model.layers, start=1):
@@ -204,7 +208,7 @@ class HashText:
         for row, values in zip(states, rows, strict=True):
             row[: len(values)] = values
         mask = torch.arange(length) < torch.tensor([len(values) for values in rows])[:, None]
-        return torch.from_numpy(states).to(device), mask.to(device)
+        return send(torch.from_numpy(states), device), mask
 
     def _states(self, caption: str) -> np.ndarray:
         """(tokens, 4, dim) of one caption, each of root mean square near 1."""

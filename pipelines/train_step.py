@@ -18,6 +18,7 @@ from k2model.loader import Loaded
 from k2model.order import Order
 from k2model.parallel import World
 from k2model.text import Encode
+from k2model.transfer import send
 from k2model.validation import Ledger
 from pipelines.train_recipes import Phase, TrainRecipe
 
@@ -133,14 +134,15 @@ def train_step(
     optimizers = [parts.optimizer] + ([alignment.optimizer] if alignment else [])
     for optimizer in optimizers:
         optimizer.zero_grad()
-    sums, losses = torch.zeros(4, dtype=torch.float64, device=device), []
+    # Nothing below waits for the GPU before the last part has been asked of it: numbers that are there are read at the end.
+    sums, losses, tokens, flops = torch.zeros(2, dtype=torch.float64, device=device), [], 0, 0
     for k, batch in enumerate(batches):
         parallel.synchronize(parts.model, k == len(batches) - 1)
         with torch.no_grad():
             clean = latents_of(batch, parts)
             draw = flow.draw(plan.seed, step, batch.uids, tuple(clean.shape[1:]), phase.mu)
             text, mask = parts.encode(given(plan, phase, step, batch.uids, batch.captions, draw.drop.tolist()))
-        noise, t, valid = draw.noise.to(device), draw.t.to(device), batch.num_valid
+        noise, t, valid = send(draw.noise, device), send(draw.t, device), batch.num_valid
         with parallel.autocast(world, phase.precision):
             velocity = parts.model(flow.noisy(clean, noise, t), t, text, mask, parts.kernel)
             aligned = alignment.loss(batch.images, clean) if alignment else torch.zeros(len(t), device=device)
@@ -150,16 +152,18 @@ def train_step(
         loss.backward()  # gradients of the ranks are added up
         each, lengths, image_tokens = each.detach()[:valid], mask[:valid].sum(1).tolist(), clean[0, 0].numel() // plan.model.patch**2
         parts.ledger.add(each, t[:valid], f"{batch.bucket[0]}x{batch.bucket[1]}", phase.mixture[batch.group.source][0])
-        losses += each.tolist()
-        flops = sum(train_flops(plan.model, length, image_tokens) for length in lengths)
-        counted = [float(total.detach()), float(beside.detach()), sum(lengths) + valid * image_tokens, flops]
-        sums += torch.tensor(counted, dtype=torch.float64, device=device)
+        losses.append(each)
+        flops += sum(train_flops(plan.model, length, image_tokens) for length in lengths)
+        tokens += sum(lengths) + valid * image_tokens
+        sums += torch.stack([total.detach(), beside.detach()]).double()
     norms = optim.grad_norms(parts.model)
+    sums = torch.cat([sums, send(torch.tensor([tokens, flops], dtype=torch.float64), device)])
     together = parallel.reduce(torch.cat([sums, parts.ledger.sums.flatten()]), world)
     sums, parts.ledger.sums = together[: len(sums)], together[len(sums) :].view_as(parts.ledger.sums)
     found, by_part = sums.tolist(), {name: float(norm) for name, norm in norms.items()}
     asked = parallel.agree(stop, world)
-    result = Result(found[0], found[1] if alignment else None, by_part, int(found[2]), found[3], asked, parts.ledger.read(), losses)
+    each_loss = torch.cat(losses).tolist()
+    result = Result(found[0], found[1] if alignment else None, by_part, int(found[2]), found[3], asked, parts.ledger.read(), each_loss)
     if result.finite:
         optim.clip_gradients(parts.model.parameters(), norms["total"], plan.clip)
         for optimizer in optimizers:
@@ -184,5 +188,5 @@ def given(
 def latents_of(batch: Loaded, parts: Parts) -> Tensor:
     """Clean latents (B, 16, H/8, W/8) float32 of a part: those that were packed, or its images through the codec."""
     if batch.latents is not None:
-        return batch.latents.to(parts.world.device, torch.float32)
-    return parts.codec.encode(to_pixels(batch.images.to(parts.world.device)))
+        return send(batch.latents, parts.world.device).float()
+    return parts.codec.encode(to_pixels(send(batch.images, parts.world.device)))
