@@ -170,6 +170,8 @@ class Bench:
 
         def step(batches: list[Loaded], index: int) -> float:
             results.append(train_step(parts, plan, phase, batches, order.num_images(index), index, phase.lr))
+            if not results[-1].finite:
+                raise RuntimeError(f"loss {results[-1].loss}, gradient norms {results[-1].grad_norms}: not finite, so no step was made")
             return results[-1].loss
 
         found = self.timed(step, span, case, clock)

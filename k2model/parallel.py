@@ -143,6 +143,7 @@ def shard(
         if checkpointing != "none":
             block.forward = checkpointed(block.forward, checkpointing)
         if compiled:
+            torch._dynamo.config.recompile_limit = 64  # of all blocks together; kinds of blocks, validation and phases make more than 8
             block.compile(dynamic=None)
     if world.mesh is None:
         return model.to_empty(device=world.device) if next(model.parameters()).is_meta else model.to(world.device)
