@@ -84,16 +84,23 @@ class Checkpoint:
                 found.update(file.read(min(1 << 16, math.prod(stored.shape) * stored.dtype.itemsize)))
         return found.hexdigest()[:12]
 
-    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """One tensor in its official shape, on the CPU. Without a dtype FP8 becomes bfloat16 and the rest stays as stored."""
+    def read(self, name: str, dtype: torch.dtype | None = None, rows: tuple[int, int] | None = None) -> Tensor:
+        """One tensor in its official shape, or its rows from the first to before the second number, on the CPU.
+
+        Without a dtype FP8 becomes bfloat16 and the rest stays as stored.
+        """
         stored = self.tensors[name]
+        stored = stored._replace(shape=official_shape(name, stored.shape))
+        if rows is not None:
+            row = math.prod(stored.shape[1:]) * stored.dtype.itemsize  # bytes
+            stored = stored._replace(shape=(rows[1] - rows[0], *stored.shape[1:]), start=stored.start + rows[0] * row)
         wanted = dtype or (torch.bfloat16 if stored.dtype.itemsize == 1 else stored.dtype)
         whole = torch.empty(math.prod(stored.shape), dtype=wanted)
         done = 0
         for piece in cast(stored.pieces(), wanted, self.scales.get(name)):
             whole[done : done + len(piece)] = piece
             done += len(piece)
-        return whole.view(official_shape(name, stored.shape))
+        return whole.view(stored.shape)
 
 
 def to_diffusers(name: str) -> str:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from k2model import parallel
 from k2model.layouts import to_diffusers, to_official
 from k2model.tensor_files import read_header
 
@@ -54,36 +55,48 @@ class Update(NamedTuple):
 class LoraLinear(nn.Linear):
     """A frozen Linear with a trained update. Its weight and bias keep their names in the state dict, beside lora_A and lora_B."""
 
-    def __init__(self, base: nn.Linear, rank: int, scale: float, generator: torch.Generator):
+    def __init__(self, base: nn.Linear, rank: int, scale: float):
         super().__init__(base.in_features, base.out_features, base.bias is not None, device="meta")
         self.weight, self.bias = base.weight, base.bias
         self.scale = scale
-        bound = 1 / math.sqrt(base.in_features)  # Kaiming-uniform with a = sqrt(5), as peft starts A; B starts at zero
-        down = torch.empty(rank, base.in_features).uniform_(-bound, bound, generator=generator)
-        self.lora_A = nn.Parameter(down.to(base.weight.device))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=base.weight.device))
+        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, device=base.weight.device))
+        self.lora_B = nn.Parameter(torch.empty(base.out_features, rank, device=base.weight.device))
 
     def forward(self, x: Tensor) -> Tensor:
         update = F.linear(F.linear(x.to(self.lora_A.dtype), self.lora_A), self.lora_B)
         return super().forward(x) + (self.scale * update).to(x.dtype)
 
 
-def attach(model: nn.Module, lora: Lora, seed: int) -> int:
-    """Freeze `model` and give the targeted layers a trained update, zero at first; returns how many layers.
+def attach(model: nn.Module, lora: Lora) -> int:
+    """Freeze `model` and give the targeted layers a trained update, float32, without values yet (`init`); returns how many layers.
+
+    The model may be on `meta`; `parallel.shard` comes afterwards.
 
     Raises:
         ValueError: no layer matches.
     """
     model.requires_grad_(False)
-    generator = torch.Generator().manual_seed(seed)
     layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and re.fullmatch(lora.targets, name)]
     if not layers:
         raise ValueError(f"no Linear layer matches targets {lora.targets!r}; layers are named as blocks.0.attn.wq and txtmlp.1")
     for name in layers:
         parent, _, child = name.rpartition(".")
-        wrapped = LoraLinear(model.get_submodule(name), lora.rank, lora.alpha / lora.rank, generator)
-        setattr(model.get_submodule(parent), child, wrapped)
+        setattr(model.get_submodule(parent), child, LoraLinear(model.get_submodule(name), lora.rank, lora.alpha / lora.rank))
     return len(layers)
+
+
+@torch.no_grad()
+def init(model: nn.Module, seed: int) -> None:
+    """Give the updates their first values, the same on every rank: A as peft starts it, B zero, so that nothing changes at first.
+
+    A is Kaiming-uniform with a = sqrt(5): uniform of +-1 / sqrt(fan in). A rank draws all of it and keeps its piece.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for layer in model.modules():
+        if isinstance(layer, LoraLinear):
+            bound = 1 / math.sqrt(layer.in_features)
+            parallel.put(layer.lora_A, torch.empty(layer.lora_A.shape).uniform_(-bound, bound, generator=generator))
+            layer.lora_B.zero_()
 
 
 def num_parameters(model: nn.Module, lora: Lora) -> int:
@@ -98,9 +111,9 @@ def tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def updates(model: nn.Module) -> dict[str, Update]:
-    """The updates of a model in training, by official layer name."""
+    """The updates of a model in training, whole, by official layer name. All ranks must call it."""
     return {
-        name: Update(module.lora_A.detach(), module.lora_B.detach(), module.scale)
+        name: Update(parallel.whole(module.lora_A.detach()), parallel.whole(module.lora_B.detach()), module.scale)
         for name, module in model.named_modules()
         if isinstance(module, LoraLinear)
     }

@@ -1,6 +1,6 @@
 """GPU memory of a training step before a GPU is rented: what is held by formula, activations by running a block without memory.
 
-`plan` adds up, per GPU, with P parameters of which this GPU holds P / (ranks * tp) or so:
+`plan` adds up, per GPU, with P parameters of which this GPU holds P / (fsdp * tp) or so, whatever the number of replicas:
 
     parameters     4 P          float32, sharded
     optimizer      8 P          AdamW's two moments, sharded (2 P with 8-bit states; 4 P more with an EMA)
@@ -73,7 +73,7 @@ def plan(
     *,
     precision: Precision = "bf16",
     checkpointing: Checkpointing = "none",
-    ranks: int | None = None,
+    fsdp: int | None = None,
     tp: int = 1,
     optimizer_bytes: float = 8.0,
 ) -> Memory:
@@ -84,7 +84,7 @@ def plan(
         image_tokens: of one image: (pixels / 16)^2, 256 at 256 px.
         text_tokens: valid ones of one caption.
         precision: as `parallel.shard`'s; float8 is counted as bf16.
-        ranks: data-parallel GPUs over which FSDP spreads states; None: one process without FSDP.
+        fsdp: GPUs over which FSDP spreads the states of one replica; None: one process without FSDP.
         tp: GPUs that share each matrix of a block; activations between matrices are counted whole, which is more than they take.
         optimizer_bytes: per parameter, of optimizer states and of an EMA.
     """
@@ -96,11 +96,11 @@ def plan(
     fusion = sum(p.numel() for blocks in (model.txtfusion.layerwise_blocks, model.txtfusion.refiner_blocks) for p in blocks.parameters())
     root = rest - fusion
     held = rest + one * config.num_blocks // tp
-    shared = ranks or 1
+    shared = fsdp or 1
     half = precision != "fp32"
     width = 2 if half else 4
-    found = activations(config, num_images, image_tokens, text_tokens, precision, checkpointing, sharded=ranks is not None)
-    if ranks is None:
+    found = activations(config, num_images, image_tokens, text_tokens, precision, checkpointing, sharded=fsdp is not None)
+    if fsdp is None:
         gathered, reduced = (2 * held if half else 0), 0
         of_block, of_rest = 4 * one, 4 * rest  # their gradients are among `gradients`
     else:
@@ -118,7 +118,7 @@ def plan(
         in_flight=found.in_flight - of_block,
         rest_in_flight=max(found.rest_in_flight - of_rest, 0),
         # On GPUs AdamW works on all tensors at once, with one more copy of them; on a CPU on one after the other.
-        step=4 * held // shared if ranks else 4 * largest,
+        step=4 * held // shared if fsdp else 4 * largest,
     )
 
 

@@ -1,11 +1,13 @@
 """The model on many GPUs, from outside of it: processes, first weights, precision, tensor parallelism, checkpointing, compile, FSDP.
 
 One process without torchrun needs none of this and has no process group. Under torchrun every rank holds a piece of each parameter
-(FSDP2) and, with `tp` > 1, of each attention and MLP (Megatron's columns and rows). Gradients are *sums* over the data-parallel ranks,
-so a rank divides its loss by the images of the global batch, and the step is the same at every world size.
+(FSDP2) and, with `tp` > 1, of each attention and MLP (Megatron's columns and rows). With `fsdp` smaller than the world there are several
+replicas of the model (HSDP): pieces are gathered inside a replica, and only gradients, once a step, go between replicas. Gradients are
+*sums* over the data-parallel ranks, so a rank divides its loss by the images of the global batch, and the step is the same at every
+world size and in every layout.
 
-What was run where this was written: gloo on CPUs (1, 2, 4 processes, tp 1 and 2) and torchao's conversion. NCCL and the float8 matrix
-products, which need a GPU of compute capability 8.9, were not.
+What was run where this was written: gloo on CPUs (1, 2, 4 processes, 2 replicas of 2, tp 1 and 2) and torchao's conversion. NCCL and the
+float8 matrix products, which need a GPU of compute capability 8.9, were not.
 """
 
 import hashlib
@@ -14,7 +16,7 @@ import os
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -26,6 +28,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from k2model.dit import DiT, RMSNorm
+from k2model.layouts import Checkpoint
 
 Checkpointing = Literal["none", "selective", "full"]
 Precision = Literal["fp32", "bf16", "float8_tensorwise", "float8_rowwise"]
@@ -52,14 +55,20 @@ class World:
     rank: int  # data-parallel: which part of a global batch this process reads; ranks of one tp group read the same
     size: int  # data-parallel ranks
     device: torch.device
-    mesh: DeviceMesh | None = None  # ("dp", "tp"), or ("dp",) without tensor parallelism; None: no process group
+    mesh: DeviceMesh | None = None  # ("replica", "fsdp", "tp"), without replica and tp where they are one; None: no process group
+    data: dist.ProcessGroup | None = None  # the data-parallel ranks: those that read different images
     writers: dist.ProcessGroup | None = None  # all processes over gloo, for checkpoints alone: they are written while training goes on
     ours: bool = True  # False: who started the processes joined them too, as Ray Train does
 
     @property
     def tp(self) -> int:
         """Processes that share each matrix."""
-        return 1 if self.mesh is None or self.mesh.ndim == 1 else self.mesh["tp"].size()
+        return 1 if self.mesh is None or "tp" not in self.mesh.mesh_dim_names else self.mesh["tp"].size()
+
+    @property
+    def states(self) -> DeviceMesh:
+        """The mesh that FSDP takes: ("fsdp",), or ("replica", "fsdp") for HSDP."""
+        return self.mesh["replica", "fsdp"] if "replica" in self.mesh.mesh_dim_names else self.mesh["fsdp"]
 
     @property
     def is_main(self) -> bool:
@@ -74,26 +83,49 @@ class World:
                 dist.destroy_process_group()
 
 
-def start(device: str = "auto", tp: int = 1, timeout: float = 600) -> World:
+class Degrees(NamedTuple):
+    """How processes are divided: their number is the product."""
+
+    replicas: int  # whole copies of the model
+    fsdp: int  # ranks over which a copy is spread
+    tp: int  # processes that share each matrix
+
+
+def divide(processes: int, tp: int = 1, fsdp: int | None = None) -> Degrees:
+    """What a number of processes makes with groups of `tp` and copies of the model over `fsdp` ranks (None: one copy over all).
+
+    Raises:
+        ValueError: they cannot be divided so.
+    """
+    if tp < 1 or processes % tp:
+        raise ValueError(f"{processes} processes cannot be divided into tensor-parallel groups of {tp}")
+    if fsdp is not None and (fsdp < 1 or processes // tp % fsdp):
+        raise ValueError(
+            f"{processes // tp} data-parallel ranks cannot be divided into copies of the model over {fsdp}. "
+            f"Give --fsdp a divisor of {processes // tp}, or leave it out"
+        )
+    return Degrees(1 if fsdp is None else processes // tp // fsdp, fsdp or processes // tp, tp)
+
+
+def start(device: str = "auto", tp: int = 1, fsdp: int | None = None, timeout: float = 600) -> World:
     """Join the processes that torchrun, Slurm or Ray started; alone without RANK and WORLD_SIZE in the environment.
 
     Args:
         device: auto, cpu or cuda. Under torchrun each process has the GPU of its LOCAL_RANK (NCCL), or none (gloo).
         tp: processes that share each matrix: neighbours, so of one node. 1 is right up to some hundred GPUs.
+        fsdp: ranks over which a copy of the model is spread, neighbours too; None: all.
         timeout: seconds after which a collective that hangs is an error.
 
     Raises:
-        ValueError: WORLD_SIZE is no multiple of `tp`, or a rank has no GPU of its own.
+        ValueError: WORLD_SIZE is no multiple of `tp` x `fsdp`, or a rank has no GPU of its own.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-        if tp != 1:
-            raise ValueError(f"tensor parallelism over {tp} processes needs them: start with torchrun --nproc-per-node {tp}")
+        if (needed := tp * (fsdp or 1)) != 1:
+            raise ValueError(f"tp {tp} and fsdp {fsdp or 1} need {needed} processes: start with torchrun --nproc-per-node {needed}")
         return World(0, 1, torch.device(device))
-    size, local = int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", "0"))
-    if tp < 1 or size % tp:
-        raise ValueError(f"{size} processes cannot be divided into tensor-parallel groups of {tp}")
+    local, degrees = int(os.environ.get("LOCAL_RANK", "0")), divide(int(os.environ["WORLD_SIZE"]), tp, fsdp)
     if device == "cuda":
         if local >= torch.cuda.device_count():
             raise ValueError(f"LOCAL_RANK is {local}, but this machine shows {torch.cuda.device_count()} GPUs. Start one process per GPU")
@@ -107,9 +139,11 @@ def start(device: str = "auto", tp: int = 1, timeout: float = 600) -> World:
         store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
-    mesh = init_device_mesh(device, (size // tp, tp) if tp > 1 else (size,), mesh_dim_names=("dp", "tp") if tp > 1 else ("dp",))
+    kept = {name: n for name, n in zip(("replica", "fsdp", "tp"), degrees, strict=True) if n > 1 or name == "fsdp"}
+    mesh = init_device_mesh(device, tuple(kept.values()), mesh_dim_names=tuple(kept))
+    data = (mesh["replica", "fsdp"]._flatten("data") if "replica" in kept else mesh["fsdp"]).get_group()
     writers = dist.new_group(backend="gloo", timeout=timedelta(hours=1))  # a rank may wait an hour for the disk of another
-    return World(mesh.get_local_rank("dp"), mesh["dp"].size(), place, mesh, writers, ours)
+    return World(dist.get_rank(data), dist.get_world_size(data), place, mesh, data, writers, ours)
 
 
 def shard(
@@ -128,7 +162,7 @@ def shard(
 
     A model on meta has no values afterwards: `init` gives them, or a checkpoint. One that has values must have the same on every rank.
     The names of the parameters do not change. With bf16 and float8 the caller runs the model under `torch.autocast`; FSDP gathers
-    parameters as bf16 (on CUDA) and keeps and sums in float32.
+    parameters as bf16 (on CUDA), so that a rank's gradient of a micro-batch is bf16, and sums over micro-batches and ranks in float32.
 
     Raises:
         ValueError: the heads or widths cannot be divided by `world.tp`, or float8 cannot run here.
@@ -149,7 +183,7 @@ def shard(
         return model.to_empty(device=world.device) if next(model.parameters()).is_meta else model.to(world.device)
     half = precision != "fp32" and world.device.type == "cuda"
     policy = MixedPrecisionPolicy(torch.bfloat16 if half else None, torch.float32 if half else None, cast_forward_inputs=False)
-    options: dict[str, Any] = {"mesh": world.mesh["dp"], "mp_policy": policy}
+    options: dict[str, Any] = {"mesh": world.states, "mp_policy": policy}
     for block in blocks:
         fully_shard(block, **options, reshard_after_forward=True)
     fully_shard(model, **options)
@@ -213,11 +247,14 @@ def _divide_matrices(model: DiT, mesh: DeviceMesh) -> None:
     plan |= {f"attn.qknorm.{name}": SequenceParallel(sequence_dim=1, use_local_output=True) for name in ("qnorm", "knorm")}
     plan |= {"attn.wo": RowwiseParallel(), "mlp.gate": ColwiseParallel(), "mlp.up": ColwiseParallel(), "mlp.down": RowwiseParallel()}
     for block in model.blocks:
+        trained = {name for name, parameter in block.named_parameters() if parameter.requires_grad}
         parallelize_module(block, mesh, plan)
+        for name, parameter in block.named_parameters():
+            parameter.requires_grad_(name in trained)  # SequenceParallel makes frozen norms trained ones
 
 
 def shard_encoder(module: nn.Module, world: World) -> nn.Module:
-    """Spread a frozen language model of transformers (`embed_tokens`, `layers`) over the data-parallel ranks, a group per layer.
+    """Spread a frozen language model of transformers (`embed_tokens`, `layers`) over the ranks of a replica, a group per layer.
 
     Its root is not a group: our encoder calls embedding and layers itself. All ranks must run it equally often. Nothing is done
     alone. The autoencoder is small and stays whole on each rank.
@@ -225,7 +262,7 @@ def shard_encoder(module: nn.Module, world: World) -> nn.Module:
     if world.mesh is None:
         return module
     for part in (module.embed_tokens, *module.layers):
-        fully_shard(part, mesh=world.mesh["dp"], reshard_after_forward=True)
+        fully_shard(part, mesh=world.states, reshard_after_forward=True)
     return module
 
 
@@ -250,6 +287,32 @@ def init(model: DiT, seed: int) -> DiT:
 
 
 @torch.no_grad()
+def load(model: nn.Module, found: Checkpoint) -> None:
+    """Give parameters, sharded or not, the values of a checkpoint in any layout, in their dtypes; others than its own stay.
+
+    Beside its pieces of the model a rank holds one tensor at a time, in main memory: of one that FSDP shards only its own rows, and
+    no more is read; whole ones with tensor parallelism. No communication.
+    """
+    for name, target in model.state_dict().items():
+        if name in found.tensors:
+            rows = _rows(target) if isinstance(target, DTensor) else None
+            if rows is None:
+                put(target, found.read(name, target.dtype))
+            else:
+                target.to_local().copy_(found.read(name, target.dtype, rows))
+
+
+def _rows(tensor: DTensor) -> tuple[int, int] | None:
+    """The first row that this process holds and the one after its last; None where it holds no such range."""
+    mesh = tensor.device_mesh
+    shared = [i for i, place in enumerate(tensor.placements) if not place.is_replicate()]
+    if len(shared) != 1 or not tensor.placements[shared[0]].is_shard(0):
+        return None
+    first = min(mesh.get_local_rank(shared[0]) * -(-len(tensor) // mesh.size(shared[0])), len(tensor))
+    return first, first + len(tensor.to_local())
+
+
+@torch.no_grad()
 def put(target: Tensor, whole: Tensor) -> None:
     """Write a whole tensor, the same on every rank, into a plain or a sharded one. No communication."""
     if isinstance(target, DTensor):
@@ -270,7 +333,7 @@ def reduce(values: Tensor, world: World) -> Tensor:
     """The sum of `values` over the data-parallel ranks, as a new tensor; all ranks must call it."""
     values = values.detach().clone()
     if world.mesh is not None:
-        dist.all_reduce(values, group=world.mesh["dp"].get_group())
+        dist.all_reduce(values, group=world.data)
     return values
 
 
@@ -297,17 +360,21 @@ def _add_up(model: nn.Module) -> None:
 
 
 def shard_part(module: nn.Module, world: World) -> nn.Module:
-    """Spread a small trained module beside the model (a projector) over the data-parallel ranks as one group; nothing is done alone."""
+    """Spread a small trained module beside the model (a projector) over the ranks of a replica as one group; nothing is done alone."""
     if world.mesh is not None:
-        fully_shard(module, mesh=world.mesh["dp"])
+        fully_shard(module, mesh=world.states)
         _add_up(module)
     return module
 
 
 def synchronize(module: nn.Module, last: bool) -> None:
-    """Whether the next backward pass adds up gradients over the ranks: only after the last of several micro-batches."""
+    """Whether the next backward pass adds up gradients over the replicas: only after the last of several micro-batches.
+
+    Inside a replica every micro-batch's are added up and spread over the ranks at once: kept whole until the last they would take four
+    bytes for each parameter of the model on every rank (51 GB for the 12.8B model).
+    """
     if isinstance(module, FSDPModule):
-        module.set_requires_gradient_sync(last)
+        module.set_requires_all_reduce(last)
 
 
 def autocast(world: World, precision: Precision) -> torch.autocast:

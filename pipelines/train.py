@@ -6,6 +6,7 @@ rounding; checked by the tests).
 """
 
 import json
+import math
 import statistics
 import sys
 from collections.abc import Sequence
@@ -38,6 +39,7 @@ def train(
     threads: int | None = None,
     decoders: int = 4,
     tp: int = 1,
+    fsdp: int | None = None,
     max_rows: int | None = None,
     tensorboard: bool = False,
     wandb: str | None = None,
@@ -63,6 +65,7 @@ def train(
         threads: CPU threads of torch; default all. Losses are equal only for an equal number.
         decoders: Threads of each rank that decode images ahead of the step.
         tp: Processes that share each matrix (tensor parallelism); 1 is right up to some hundred GPUs.
+        fsdp: Ranks over which one copy of the model is spread; default all. Less, as the GPUs of a node: several copies (HSDP).
         max_rows: Most images of a rank that go through the model at once: less memory, the same batches (gradients are added up).
         tensorboard: Write events to OUT/tensorboard too.
         wandb: Log to this project of Weights & Biases too.
@@ -84,22 +87,19 @@ def train(
     place = Path(out) if out else Path(data) / "train" / plan.name
     spans = curriculum(plan, data)
     if dry_run:
-        for line in cost(plan, spans, gpus, max_rows, measured_rates(place)):
+        for line in cost(plan, spans, parallel.divide(gpus, tp, fsdp), max_rows, measured_rates(place)):
             print(json.dumps(line))
         return 0
-    if ray != "off":
-        given = {"data": data if "://" in data else str(Path(data).resolve()), "recipe": recipe, "out": str(place.resolve())}
-        given |= {"device": device, "threads": threads, "decoders": decoders, "tp": tp, "max_rows": max_rows}
-        given |= {"tensorboard": tensorboard, "wandb": wandb, "base": base}
-        return cluster.ranks(train, given, workers, str(place.resolve() / "ray"), ray)
     digest = check_base(plan, base) if plan.lora else None
+    if ray != "off":
+        parallel.divide(workers, tp, fsdp)
+        given = {"data": data if "://" in data else str(Path(data).resolve()), "recipe": recipe, "out": str(place.resolve())}
+        given |= {"device": device, "threads": threads, "decoders": decoders, "tp": tp, "fsdp": fsdp, "max_rows": max_rows}
+        given |= {"tensorboard": tensorboard, "wandb": wandb, "base": base and str(Path(base).resolve())}
+        return cluster.ranks(train, given, workers, str(place.resolve() / "ray"), ray)
     if threads is not None:
         torch.set_num_threads(threads)
-    world = parallel.start(device, tp)
-    if plan.lora and world.size > 1:
-        raise ValueError(
-            f"recipe {plan.name} trains a LoRA, which runs in one process; {world.size} were started. Start it without torchrun"
-        )
+    world = parallel.start(device, tp, fsdp)
     for span in spans:
         check_world(span.phase.num_groups, world.size)
     code = run(plan, spans, place, Machine(world, max_rows, decoders, tensorboard, wandb), base, digest)
@@ -143,7 +143,9 @@ def measured_rates(place: Path) -> dict[str, float]:
     return {phase: statistics.median(found) for phase, found in rates.items()}
 
 
-def cost(plan: TrainRecipe, spans: list[Span], gpus: int, max_rows: int | None, rates: dict[str, float]) -> list[dict[str, Any]]:
+def cost(
+    plan: TrainRecipe, spans: list[Span], degrees: parallel.Degrees, max_rows: int | None, rates: dict[str, float]
+) -> list[dict[str, Any]]:
     """Parameters, then a line per phase; buckets and batch sizes as packed.
 
     * flops: of matrix products, forward and backward, without recomputation; flops_share of all phases.
@@ -174,8 +176,8 @@ def cost(plan: TrainRecipe, spans: list[Span], gpus: int, max_rows: int | None, 
                 "image_tokens": round(image_tokens),
                 "text_tokens": round(images * plan.text_tokens),
                 "flops": flops,
-                "memory_gib": None if plan.lora else memory_gib(plan, phase, order, gpus, max_rows),
-                **hours(images, flops, gpus, rates.get(phase.name)),
+                "memory_gib": None if plan.lora else memory_gib(plan, phase, order, degrees, max_rows),
+                **hours(images, flops, math.prod(degrees), rates.get(phase.name)),
             }
         )
     total = sum(line["flops"] for line in lines[1:])
@@ -189,10 +191,10 @@ def hours(images: float, flops: float, gpus: int, rate: float | None) -> dict[st
     return {"hours": float(f"{images / rate / 3600:.3g}")}
 
 
-def memory_gib(plan: TrainRecipe, phase: Phase, order: Order, gpus: int, max_rows: int | None) -> dict[str, float]:
-    """What one of `gpus` GPUs holds in a step of a phase, by kind and at its peak."""
+def memory_gib(plan: TrainRecipe, phase: Phase, order: Order, degrees: parallel.Degrees, max_rows: int | None) -> dict[str, float]:
+    """What a GPU holds in a step of a phase, by kind and at its peak."""
     rows = max(packed.description["batch_size"] for packed in order.sets)
-    rows = -(-rows // max(1, gpus // phase.num_groups))
+    rows = -(-rows // max(1, degrees.replicas * degrees.fsdp // phase.num_groups))
     tokens = max(group["bucket_height"] * group["bucket_width"] for packed in order.sets for group in packed.groups)
     found = memory.plan(
         plan.model,
@@ -201,7 +203,8 @@ def memory_gib(plan: TrainRecipe, phase: Phase, order: Order, gpus: int, max_row
         plan.text_tokens,
         precision=phase.precision,
         checkpointing=phase.checkpointing,
-        ranks=gpus if gpus > 1 else None,
+        fsdp=degrees.fsdp if math.prod(degrees) > 1 else None,
+        tp=degrees.tp,
     )
     kinds = ("parameters", "optimizer", "gradients", "activations", "peak")
     return {kind: round(getattr(found, kind) / 2**30, 3) for kind in kinds}

@@ -317,8 +317,9 @@ def save(job: Job, span: Span, parts: Parts, done: int, wait: bool) -> None:
     """A checkpoint: model (or LoRA alone), optimizer, alignment and codec, with the cursor and the description of the run."""
     trained = lora.tensors(parts.model)
     if trained and done == job.total:  # before the last checkpoint, which says that all is done
-        for style in ("diffusers", "comfyui"):
-            lora.save(lora.updates(parts.model), job.place / f"lora-{style}.safetensors", style)
+        updates = lora.updates(parts.model)
+        for style in ("diffusers", "comfyui") if job.machine.world.is_main else ():
+            lora.save(updates, job.place / f"lora-{style}.safetensors", style)
     files = {
         "lora" if trained else "model": trained or parts.model.state_dict(),
         "optimizer": optim.optimizer_tensors(parts.model, parts.optimizer),

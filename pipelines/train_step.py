@@ -13,7 +13,7 @@ from k2model.checkpoint import Checkpoint
 from k2model.data import to_pixels
 from k2model.dit import DiT
 from k2model.flops import train_flops
-from k2model.layouts import load_model
+from k2model.layouts import open_checkpoint
 from k2model.loader import Loaded
 from k2model.order import Order
 from k2model.parallel import World
@@ -93,14 +93,15 @@ def build(
     plan: TrainRecipe, phase: Phase, order: Order, encode: Encode, codec: Any, world: World, base: str | None, aligned: bool
 ) -> Parts:
     """Model and optimizer of a phase, with the weights of step 0."""
+    with torch.device("meta"):
+        model = DiT(plan.model)
     if plan.lora:
-        model = load_model(base, world.device, torch.float32 if phase.precision == "fp32" else torch.bfloat16)
-        lora.attach(model, plan.lora, plan.seed)
-    else:
-        with torch.device("meta"):
-            model = DiT(plan.model)
+        lora.attach(model.to(torch.float32 if phase.precision == "fp32" else torch.bfloat16), plan.lora)
     model = parallel.shard(model, world, checkpointing=phase.checkpointing, compiled=plan.compiled, precision=phase.precision)
-    if not plan.lora:
+    if plan.lora:
+        parallel.load(model, open_checkpoint(base))
+        lora.init(model, plan.seed)
+    else:
         parallel.init(model, plan.seed)
     make = {"adamw": optim.adamw, "muon": optim.muon}[plan.optimizer]
     optimizer = make(model, phase.lr, plan.weight_decay, plan.betas)

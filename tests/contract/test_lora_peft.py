@@ -16,7 +16,8 @@ diffusers = pytest.importorskip("diffusers")
 def trained(seed: int = 2) -> nn.Module:
     """A small model with an update that is not zero."""
     model = small_model()
-    lora.attach(model, Lora(rank=4, alpha=2), seed)
+    lora.attach(model, Lora(rank=4, alpha=2))
+    lora.init(model, seed)
     with torch.no_grad():
         for name, tensor in lora.tensors(model).items():
             if name.endswith("lora_B"):

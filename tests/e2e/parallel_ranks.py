@@ -11,19 +11,39 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from k2model import checkpoint, optim, parallel
+from k2model import checkpoint, lora, optim, parallel
 from k2model.dit import NANO, DiT
+from k2model.layouts import open_checkpoint
 
 # Odd sizes: FSDP must pad them. Four heads over two key heads, which tp 2 divides.
 CONFIG = replace(NANO, width=64, num_blocks=2, num_heads=4, num_kv_heads=2, text_dim=24, text_taps=2, text_heads=2, time_dim=18)
-WORLDS = {"4": (4, 1, "none"), "4_tp2": (4, 2, "selective"), "2": (2, 1, "full")}
-BATCH = 4
+# Processes, tensor parallelism, ranks of a replica (None: all), recomputation. The last reads the checkpoints of all.
+WORLDS = {
+    "4": (4, 1, None, "none"),
+    "4_tp2": (4, 2, None, "selective"),
+    "2x2": (4, 1, 2, "none"),
+    "2x1_tp2": (4, 2, 1, "full"),
+    "2": (2, 1, None, "full"),
+}
+BATCH = 8
+LORA = lora.Lora(rank=3, alpha=6)  # fewer rows than four ranks: one holds nothing of A
 
 
 def build(world, seed, checkpointing="none"):
     with torch.device("meta"):
         model = DiT(CONFIG)
     model = parallel.init(parallel.shard(model, world, checkpointing=checkpointing), seed)
+    return model, optim.adamw(model, 1e-2, 0.01)
+
+
+def build_lora(world, base, checkpointing="none"):
+    """A LoRA on the bf16 model at `base`, in another layout than ours."""
+    with torch.device("meta"):
+        model = DiT(CONFIG).to(torch.bfloat16)
+    lora.attach(model, LORA)
+    parallel.shard(model, world, checkpointing=checkpointing)
+    parallel.load(model, open_checkpoint(base))
+    lora.init(model, 5)
     return model, optim.adamw(model, 1e-2, 0.01)
 
 
@@ -34,22 +54,26 @@ def tensors(model, optimizer):
 
 
 def steps(world, model, optimizer, limit=0.1):
-    """Two steps on one global batch of four, in micro-batches of one. Gives losses, gradient norms, and gradients and weights by name."""
+    """Two steps on one global batch of eight, in micro-batches of one. Gives losses, gradient norms, and gradients and weights by name."""
     generator = torch.Generator().manual_seed(0)
     x, target = torch.randn(2, BATCH, 16, 8, 8, generator=generator)
     t, text = torch.rand(BATCH, generator=generator), torch.randn(BATCH, 5, 2, 24, generator=generator)
-    mask = torch.arange(5) < torch.tensor([5, 3, 2, 4])[:, None]
+    mask = torch.arange(5) < torch.tensor([5, 3, 2, 4, 4, 2, 5, 3])[:, None]
     found = {"loss": [], "norm": []}
     for _ in range(2):
         optimizer.zero_grad()
         mine = torch.zeros(())
         for i in range(world.rank, BATCH, world.size):
             one = slice(i, i + 1)
-            loss = (model(x[one], t[one], text[one], mask[one]) - target[one]).square().mean() / BATCH
+            parallel.synchronize(model, i + world.size >= BATCH)
+            with parallel.autocast(world, "bf16" if lora.tensors(model) else "fp32"):
+                velocity = model(x[one], t[one], text[one], mask[one])
+            loss = (velocity - target[one]).square().mean() / BATCH
             loss.backward()
             mine += loss.detach()
         found["loss"].append(parallel.reduce(mine, world).item())
-        found.setdefault("gradients", {name: parallel.whole(p.grad).clone() for name, p in model.named_parameters()})
+        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        found.setdefault("gradients", {name: parallel.whole(parameter.grad).clone() for name, parameter in trained.items()})
         norm = optim.grad_norms(model)["total"]
         optim.clip_gradients(model.parameters(), norm, limit)
         found["norm"].append(norm.item())
@@ -73,14 +97,27 @@ class Encoder(nn.Module):
         return x
 
 
-def live(folder, name, size, tp, checkpointing):
+def lora_steps(folder, world, checkpointing="none"):
+    """The same on a frozen base: what `steps` gives, and the LoRA as it is exported."""
+    model, optimizer = build_lora(world, folder / "base", checkpointing)
+    first = {name: parallel.whole(tensor).clone() for name, tensor in model.state_dict().items()}
+    found = steps(world, model, optimizer)
+    exported = {f"{layer}.{part}": tensor for layer, two in lora.updates(model).items() for part, tensor in zip("AB", two[:2], strict=True)}
+    return found | {"first": first, "exported": exported}
+
+
+def live(folder, name, tp, fsdp, checkpointing):
     """What one world does; what it finds goes to FOLDER/<world>.json and .safetensors."""
-    world = parallel.start("cpu", tp=tp)
+    world = parallel.start("cpu", tp=tp, fsdp=fsdp)
     model, optimizer = build(world, 3, checkpointing)
     found = steps(world, model, optimizer)
     save_file(
         {f"gradients/{k}": v.contiguous() for k, v in found.pop("gradients").items()} | found["weights"], folder / f"{name}.safetensors"
     )
+    found["lora"] = lora_steps(folder, world, checkpointing)
+    kinds = {kind: found["lora"].pop(kind) for kind in ("gradients", "weights", "first", "exported")}
+    beside = {f"{kind}/{key}": value.contiguous() for kind, named in kinds.items() for key, value in named.items()}
+    save_file(beside, folder / f"{name}_lora.safetensors")
     saver = checkpoint.Saver(folder / f"run_{name}", world.writers, keep_last=2)
     files = {"model": model.state_dict(), "optimizer": optim.optimizer_tensors(model, optimizer), "vae": {"a": torch.ones(2)}}
     for step in (1, 2, 3):  # the first goes when the third is whole
@@ -140,21 +177,15 @@ def _beside(mine, last):
     return [((key, value), stored[key]) for key, value in mine.items()]
 
 
-def rank_of(folder, rank, ports):
-    """One process: what it does in each world that it is part of."""
-    for (name, (size, tp, mode)), port in zip(WORLDS.items(), ports, strict=True):
-        if rank < size:
-            os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            live(folder, name, size, tp, mode)
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
+def together(folder, name, port):
+    """The processes of one world, from the first to the last. DTensor remembers meshes, so each world has processes of its own."""
+    size, *layout = WORLDS[name]
     children = {}
-    for rank in range(4):  # forks: torch is imported once
+    for rank in range(size):  # forks: torch is imported once
         child = os.fork()
         if not child:
-            rank_of(Path(sys.argv[1]), rank, sys.argv[2:])
+            os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            live(folder, name, *layout)
             sys.exit(0)
         children[child] = rank
     while children:
@@ -163,4 +194,10 @@ if __name__ == "__main__":
         if status:
             for other in children:  # they would wait for it
                 os.kill(other, signal.SIGKILL)
-            sys.exit(f"rank {rank} ended with {os.waitstatus_to_exitcode(status)}")
+            sys.exit(f"rank {rank} of {name} ended with {os.waitstatus_to_exitcode(status)}")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for world_name, free_port in zip(WORLDS, sys.argv[2:], strict=True):
+        together(Path(sys.argv[1]), world_name, free_port)

@@ -1,10 +1,12 @@
-"""One training step, one checkpoint, at every number of processes: 1, 2 and 4 over gloo, with and without tensor parallelism.
+"""One training step, one checkpoint, in every layout: 1, 2 and 4 processes over gloo, one replica or two, with and without tensor
+parallelism; of a whole model and of a LoRA on a frozen one.
 
-Four processes start once for the file; each world is made of as many of them as it needs.
+Each world has as many processes as it needs, one world after the other, once for the file.
 """
 
 import importlib.util
 import json
+import math
 import os
 import socket
 import subprocess
@@ -16,11 +18,13 @@ from types import SimpleNamespace
 import parallel_ranks as ranks
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from k2model import checkpoint, optim, parallel
 from k2model.dit import DiT
 from k2model.layouts import open_checkpoint
+from k2model.tensor_files import read_header
+from pipelines.convert import convert
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,6 +38,10 @@ def folder(tmp_path_factory):
     found = ranks.steps(world, model, optimizer)
     files = {"model": model.state_dict(), "optimizer": optim.optimizer_tensors(model, optimizer)}
     checkpoint.save(place / "run_1", 3, files, {})
+    base, _ = ranks.build(world, 3)
+    save_file(base.to(torch.bfloat16).state_dict(), place / "base.safetensors")
+    convert(str(place / "base.safetensors"), str(place / "base"), layout="diffusers")
+    found["lora"] = ranks.lora_steps(place, world)
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in ranks.WORLDS]
     ports = [str(one.getsockname()[1]) for one in sockets]
     for one in sockets:
@@ -64,8 +72,25 @@ def test_a_step_is_the_same_at_every_world_size(folder, world):
 
 
 @pytest.mark.parametrize("world", ranks.WORLDS)
+def test_a_lora_on_a_base_in_shards_is_that_of_one_process(folder, world):
+    place, whole = folder
+    alone = whole["lora"]
+    for found in results(folder, world):
+        torch.testing.assert_close(found["lora"]["loss"], alone["loss"], rtol=1e-5, atol=0)
+        torch.testing.assert_close(found["lora"]["norm"], alone["norm"], rtol=1e-5, atol=0)
+    assert alone["loss"][1] < alone["loss"][0] and alone["norm"][0] > 0.1, "it learns, and its gradient was clipped"
+    stored = load_file(place / f"{world}_lora.safetensors")
+    assert len(alone["first"]) == len(alone["weights"]) - 3 * len(alone["gradients"]), "the LoRA alone has moments"
+    for name, value in alone["first"].items():
+        assert torch.equal(stored[f"first/{name}"], value), "base and first LoRA are the same bits"
+    for kind in ("gradients", "weights", "exported"):
+        for name, value in alone[kind].items():
+            assert (stored[f"{kind}/{name}"].float() - value.float()).abs().max() <= 1e-4 * value.abs().max(), (kind, name)
+
+
+@pytest.mark.parametrize("world", ranks.WORLDS)
 def test_processes_know_their_part(folder, world):
-    size, tp, _ = ranks.WORLDS[world]
+    size, tp, _, _ = ranks.WORLDS[world]
     found = results(folder, world)
     assert [one["rank"] for one in found] == [rank // tp for rank in range(size)], "ranks of one tp group read the same images"
     assert {one["size"] for one in found} == {size // tp} and [one["main"] for one in found] == [True] + [False] * (size - 1)
@@ -86,6 +111,9 @@ def test_a_checkpoint_of_any_number_of_processes_is_read_by_any(folder, world):
     for name, value in stored.items():  # zeroed while it was written: the copy was not
         assert torch.equal(value, written[name]) and value.any() == alone["weights"][name].any(), name
     assert {name for name, _ in last.state["files"].items() if "/" not in name} == {"model.safetensors", "vae.safetensors"}
+    pieces = [tensor for file in (last.directory / "optimizer").iterdir() for tensor in read_header(file)[0].values()]
+    count = sum(math.prod(piece.shape) for piece in pieces)
+    assert count == sum(tensor.numel() for tensor in last.tensors("optimizer").values()), "every value once, whatever the replicas"
 
 
 def test_all_read_what_one_process_saved_and_what_others_did(folder):
@@ -108,9 +136,9 @@ def test_the_model_file_is_what_every_command_reads(folder):
 
 @pytest.mark.parametrize("world", ranks.WORLDS)
 def test_a_frozen_encoder_is_spread_and_says_the_same(folder, world):
-    size, tp, _ = ranks.WORLDS[world]
+    size, tp, fsdp, _ = ranks.WORLDS[world]
     for found in results(folder, world):
-        assert found["encoder"] and found["encoder_share"] <= 1.5 * tp / size
+        assert found["encoder"] and found["encoder_share"] <= 1.5 / (fsdp or size // tp)
 
 
 def test_compiled_blocks_take_the_same_step(monkeypatch):
@@ -144,12 +172,14 @@ def test_first_weights_are_those_of_pytorch_and_of_their_name():
 
 
 def test_what_cannot_be_is_said_before_anything_starts(monkeypatch):
-    with pytest.raises(ValueError, match="torchrun --nproc-per-node 2"):
-        parallel.start("cpu", tp=2)
+    with pytest.raises(ValueError, match="tp 2 and fsdp 4 need 8 processes: start with torchrun --nproc-per-node 8"):
+        parallel.start("cpu", tp=2, fsdp=4)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(ValueError, match="4 processes cannot be divided into tensor-parallel groups of 3"):
         parallel.start("cpu", tp=3)
+    with pytest.raises(ValueError, match="2 data-parallel ranks cannot be divided into copies of the model over 4"):
+        parallel.start("cpu", tp=2, fsdp=4)
     with pytest.raises(ValueError, match="2 key and value heads cannot be divided by tp 4"):
         parallel._divide_matrices(DiT(ranks.CONFIG), SimpleNamespace(size=lambda: 4))
 

@@ -120,7 +120,7 @@ def test_only_the_lora_is_in_checkpoint_and_optimizer(straight):
 @pytest.mark.parametrize("style", ["diffusers", "comfyui"])
 def test_the_exported_file_on_the_base_gives_the_outputs_of_the_trained_model(straight, base, style):
     trained = layouts.load_model(base)
-    lora.attach(trained, lora_recipe().lora, 0)
+    lora.attach(trained, lora_recipe().lora)
     trained.load_state_dict(load_file(straight / "checkpoints" / f"{STEPS:06d}" / "lora.safetensors"), strict=False)
     merged = layouts.load_model(base)
     before = velocity(merged)

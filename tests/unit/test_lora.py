@@ -143,13 +143,15 @@ def test_a_lora_that_does_not_fit_is_told_and_changes_nothing(tmp_path):
 
 def test_only_the_update_is_trained_and_it_starts_at_nothing(tmp_path):
     model, base = small_model(), outputs(small_model())
-    num_layers = lora.attach(model, Lora(rank=4, alpha=8), seed=5)
+    num_layers = lora.attach(model, Lora(rank=4, alpha=8))
+    lora.init(model, 5)
     assert num_layers == 2 * 8 and torch.allclose(outputs(model), base, atol=1e-6)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained == set(lora.tensors(model)) and len(trained) == 2 * num_layers
     assert {name for name in model.state_dict() if name not in trained} == set(small_model().state_dict())
     again = small_model()
-    lora.attach(again, Lora(rank=4, alpha=8), seed=5)
+    lora.attach(again, Lora(rank=4, alpha=8))
+    lora.init(again, 5)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
     text = torch.randn(1, 2, model.config.text_taps, model.config.text_dim)
@@ -165,6 +167,6 @@ def test_only_the_update_is_trained_and_it_starts_at_nothing(tmp_path):
 
 def test_a_description_that_trains_nothing_is_refused():
     with pytest.raises(ValueError, match="no Linear layer matches targets 'nothing'"):
-        lora.attach(small_model(), Lora(targets="nothing"), 0)
+        lora.attach(small_model(), Lora(targets="nothing"))
     with pytest.raises(ValueError, match="rank 0"):
         Lora(rank=0)

@@ -48,11 +48,11 @@ def test_the_plan_is_within_a_tenth_of_a_real_step(images, side, text_tokens, pr
 def test_states_are_those_of_the_parameters_and_are_divided_by_the_ranks():
     with torch.device("meta"):
         count = sum(parameter.numel() for parameter in DiT(K2).parameters())
-    alone, eight = (memory.plan(K2, 2, 256, 160, ranks=ranks, checkpointing="full") for ranks in (1, 8))
+    alone, eight = (memory.plan(K2, 2, 256, 160, fsdp=ranks, checkpointing="full") for ranks in (1, 8))
     assert alone.parameters + alone.optimizer + alone.gradients == 16 * count
     assert eight.parameters == alone.parameters // 8 and eight.activations == alone.activations
     assert alone.parameters + alone.optimizer > 140 * GIB > 80 * GIB > eight.peak, "one H100 cannot, eight can"
-    assert memory.plan(K2, 2, 256, 160, ranks=8, tp=4, checkpointing="full").parameters < eight.parameters / 3
+    assert memory.plan(K2, 2, 256, 160, fsdp=8, tp=4, checkpointing="full").parameters < eight.parameters / 3
 
 
 def test_activations_grow_with_the_tokens_and_shrink_with_checkpointing():

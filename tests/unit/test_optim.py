@@ -105,7 +105,7 @@ def test_adamw_is_one_kernel_and_the_same_step_as_the_plain_one():
 
 def test_a_lora_has_no_matrix_for_muon():
     model = small_model()
-    lora.attach(model, Lora(rank=2, alpha=2), 0)
+    lora.attach(model, Lora(rank=2, alpha=2))
     both = optim.muon(model, 1e-3, 0.01)
     assert len(both.optimizers) == 1 and all("lora" in name for group in both.param_groups for name in names_of(model, group["params"]))
 
