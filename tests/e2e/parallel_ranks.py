@@ -26,6 +26,7 @@ WORLDS = {
     "2": (2, 1, None, "full"),
 }
 BATCH = 8
+LORA_PRECISION = {"4": "bf16", "4_tp2": "fp32", "2x2": "fp32", "2": "fp32"}
 LORA = lora.Lora(rank=3, alpha=6)  # fewer rows than four ranks: one holds nothing of A
 
 
@@ -36,10 +37,10 @@ def build(world, seed, checkpointing="none"):
     return model, optim.adamw(model, 1e-2, 0.01)
 
 
-def build_lora(world, base, checkpointing="none"):
+def build_lora(world, base, precision, checkpointing="none"):
     """A LoRA on the bf16 model at `base`, in another layout than ours."""
     with torch.device("meta"):
-        model = DiT(CONFIG).to(torch.bfloat16)
+        model = DiT(CONFIG).to(torch.bfloat16 if precision == "bf16" else torch.float32)
     lora.attach(model, LORA)
     parallel.shard(model, world, checkpointing=checkpointing)
     parallel.load(model, open_checkpoint(base))
@@ -53,8 +54,11 @@ def tensors(model, optimizer):
     return {name: parallel.whole(tensor).detach().contiguous().clone() for name, tensor in both.items()}
 
 
-def steps(world, model, optimizer, limit=0.1):
-    """Two steps on one global batch of eight, in micro-batches of one. Gives losses, gradient norms, and gradients and weights by name."""
+def steps(world, model, optimizer, limit=0.1, precision="fp32"):
+    """Two steps on one global batch of eight. Gives losses, gradient norms, and gradients and weights by name.
+
+    Each rank reads its share in two micro-batches.
+    """
     generator = torch.Generator().manual_seed(0)
     x, target = torch.randn(2, BATCH, 16, 8, 8, generator=generator)
     t, text = torch.rand(BATCH, generator=generator), torch.randn(BATCH, 5, 2, 24, generator=generator)
@@ -63,12 +67,14 @@ def steps(world, model, optimizer, limit=0.1):
     for _ in range(2):
         optimizer.zero_grad()
         mine = torch.zeros(())
-        for i in range(world.rank, BATCH, world.size):
-            one = slice(i, i + 1)
-            parallel.synchronize(model, i + world.size >= BATCH)
-            with parallel.autocast(world, "bf16" if lora.tensors(model) else "fp32"):
-                velocity = model(x[one], t[one], text[one], mask[one])
-            loss = (velocity - target[one]).square().mean() / BATCH
+        for k in range(2):
+            count = BATCH // (2 * world.size)
+            first = (k * world.size + world.rank) * count
+            own = slice(first, first + count)
+            parallel.synchronize(model, k == 1)
+            with parallel.autocast(world, precision):
+                velocity = model(x[own], t[own], text[own], mask[own])
+            loss = (velocity - target[own]).square().flatten(1).mean(1).sum() / BATCH
             loss.backward()
             mine += loss.detach()
         found["loss"].append(parallel.reduce(mine, world).item())
@@ -97,11 +103,11 @@ class Encoder(nn.Module):
         return x
 
 
-def lora_steps(folder, world, checkpointing="none"):
-    """The same on a frozen base: what `steps` gives, and the LoRA as it is exported."""
-    model, optimizer = build_lora(world, folder / "base", checkpointing)
+def lora_steps(folder, world, precision, checkpointing="none"):
+    """The same on a frozen base: what `steps` gives, the first weights, and the LoRA as it is exported."""
+    model, optimizer = build_lora(world, folder / "base", precision, checkpointing)
     first = {name: parallel.whole(tensor).clone() for name, tensor in model.state_dict().items()}
-    found = steps(world, model, optimizer)
+    found = steps(world, model, optimizer, 1e-3, precision)
     exported = {f"{layer}.{part}": tensor for layer, two in lora.updates(model).items() for part, tensor in zip("AB", two[:2], strict=True)}
     return found | {"first": first, "exported": exported}
 
@@ -114,10 +120,11 @@ def live(folder, name, tp, fsdp, checkpointing):
     save_file(
         {f"gradients/{k}": v.contiguous() for k, v in found.pop("gradients").items()} | found["weights"], folder / f"{name}.safetensors"
     )
-    found["lora"] = lora_steps(folder, world, checkpointing)
-    kinds = {kind: found["lora"].pop(kind) for kind in ("gradients", "weights", "first", "exported")}
-    beside = {f"{kind}/{key}": value.contiguous() for kind, named in kinds.items() for key, value in named.items()}
-    save_file(beside, folder / f"{name}_lora.safetensors")
+    if name in LORA_PRECISION:
+        found["lora"] = lora_steps(folder, world, LORA_PRECISION[name], checkpointing)
+        kinds = {kind: found["lora"].pop(kind) for kind in ("gradients", "weights", "first", "exported")}
+        beside = {f"{kind}/{key}": value.contiguous() for kind, named in kinds.items() for key, value in named.items()}
+        save_file(beside, folder / f"{name}_lora.safetensors")
     saver = checkpoint.Saver(folder / f"run_{name}", world.writers, keep_last=2)
     files = {"model": model.state_dict(), "optimizer": optim.optimizer_tensors(model, optimizer), "vae": {"a": torch.ones(2)}}
     for step in (1, 2, 3):  # the first goes when the third is whole

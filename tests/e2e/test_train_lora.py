@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from e2e.test_train import tiny_recipe
+from e2e.test_train_ranks import torchrun
 from packed_world import landscapes, make_packed
 from safetensors.torch import load_file
 
@@ -76,6 +77,17 @@ def losses(out: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
+def without(out: Path, straight: Path, step: int) -> Path:
+    """A copy of the finished run that has lost all after `step`."""
+    shutil.copytree(straight, out)
+    for place in (out / "checkpoints").iterdir():
+        if int(place.name) > step:
+            shutil.rmtree(place)
+    for style in ("diffusers", "comfyui"):
+        (out / f"lora-{style}.safetensors").unlink()
+    return out
+
+
 def velocity(model) -> torch.Tensor:
     generator = torch.Generator().manual_seed(7)
     text = torch.randn(2, 3, model.config.text_taps, model.config.text_dim, generator=generator)
@@ -132,19 +144,28 @@ def test_the_exported_file_on_the_base_gives_the_outputs_of_the_trained_model(st
 
 @pytest.mark.parametrize("step", [20, 40])
 def test_a_resumed_lora_run_has_the_same_losses_and_the_same_files(straight, data, base, tmp_path, step):
-    out = tmp_path / "resumed"
-    shutil.copytree(straight, out)
-    for place in (out / "checkpoints").iterdir():
-        if int(place.name) > step:
-            shutil.rmtree(place)
-    for style in ("diffusers", "comfyui"):
-        (out / f"lora-{style}.safetensors").unlink()
+    out = without(tmp_path / "resumed", straight, step)
     moved = shutil.copytree(base, tmp_path / "the base elsewhere")
     assert verb.train(str(data), "lora-tiny", str(out), device="cpu", base=str(moved), threads=1) == 0
     assert losses(out) == losses(straight)
     names = [f"lora-{style}.safetensors" for style in ("diffusers", "comfyui")]
     for name in [*names, f"checkpoints/{STEPS:06d}/lora.safetensors", f"checkpoints/{STEPS:06d}/optimizer.safetensors"]:
         assert (out / name).read_bytes() == (straight / name).read_bytes(), name
+
+
+def test_a_lora_moves_from_two_processes_to_one_and_from_one_to_two(straight, data, base, tmp_path):
+    lora_file = "from e2e.test_train_lora import lora_recipe as plan\n"
+    given = ("--base", str(base))
+    assert torchrun(data, tmp_path / "two", 2, "kill:30:1:0", more=lora_file, options=given) != 0
+    assert verb.train(str(data), f"{data}/plan.py:plan", str(tmp_path / "two"), device="cpu", base=str(base), threads=1) == 0
+    assert torchrun(data, without(tmp_path / "one", straight, 40), 2, more=lora_file, options=given) == 0
+    for out in (tmp_path / "one", tmp_path / "two"):
+        assert losses(out) == pytest.approx(losses(straight), rel=1e-4)
+        for name in ("lora-diffusers.safetensors", "lora-comfyui.safetensors"):
+            found, expected = load_file(out / name), load_file(straight / name)
+            assert found.keys() == expected.keys()
+            for key, tensor in expected.items():
+                assert (found[key] - tensor).norm() < 1e-3 * tensor.norm(), (name, key)
 
 
 def test_the_base_is_never_changed_and_must_be_the_one_that_the_run_began_with(straight, data, base, tmp_path):

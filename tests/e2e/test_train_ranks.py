@@ -61,28 +61,27 @@ def data(tmp_path_factory) -> Path:
     return run
 
 
-def torchrun(data: Path, out: Path, processes: int, events: str = "", restarts: int = 0, more: str = "") -> int:
+@pytest.fixture(scope="module")
+def straight(data, tmp_path_factory) -> Path:
+    """The run of one process that was never stopped."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        return trained(monkeypatch, data, tmp_path_factory.mktemp("straight"), plan())
+
+
+def torchrun(data: Path, out: Path, processes: int, events: str = "", restarts: int = 0, more: str = "", options: tuple = ()) -> int:
     """The exit code of `torchrun ... -m pipelines.train`."""
     (data / "plan.py").write_text(RECIPE.format(tests=str(TESTS)) + more)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--max-restarts", str(restarts)]
     command += ["--master-port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", "pipelines.train"]
-    command += ["--data", str(data), "--recipe", f"{data}/plan.py:plan", "--out", str(out), "--device", "cpu", "--threads", "1"]
+    command += ["--data", str(data), "--recipe", f"{data}/plan.py:plan", "--out", str(out), "--device", "cpu", "--threads", "1", *options]
     environment = os.environ | {"EVENTS": events, "PYTHONPATH": str(TESTS.parent), "OMP_NUM_THREADS": "1"}
     ended = subprocess.run(command, env=environment, capture_output=True, text=True)
     print(ended.stderr[-12000:])
     return ended.returncode
 
 
-def test_a_run_moves_from_two_processes_to_four_to_one_and_has_the_losses_of_one_process(data, tmp_path, monkeypatch):
-    straight = trained(monkeypatch, data, tmp_path / "straight", plan())
-    out = tmp_path / "moved"
-    # Rank 1 dies before its fourth step; torchrun starts both again from the checkpoint of step 2, and is itself told to end.
-    assert torchrun(data, out, 2, "kill:3:1:0,term:4:0:1", restarts=1) != 0
-    stopped = checkpoint.latest(out / "checkpoints")
-    assert stopped.step == 5, "the step in which SIGTERM came was finished, and its checkpoint written"
-    assert torchrun(data, out, 4, "kill:7:3:0") != 0
-    assert checkpoint.latest(out / "checkpoints").step == 6
-    trained(monkeypatch, data, out, plan())
+def check_losses(out: Path, straight: Path) -> None:
+    """Every step of a run has the numbers of the straight one."""
     assert len(rows(out)) == len(rows(straight)) == 10
     for found, expected in zip(rows(out), rows(straight), strict=True):
         for key in ("loss", "grad_norm"):
@@ -91,8 +90,31 @@ def test_a_run_moves_from_two_processes_to_four_to_one_and_has_the_losses_of_one
             assert found[key] == expected[key], (key, expected["step"])
         if "validation" in expected:
             assert found["validation"]["by_t"] == pytest.approx(expected["validation"]["by_t"], rel=1e-5)
+
+
+def test_a_run_moves_from_two_processes_to_four_to_one_and_has_the_losses_of_one_process(data, straight, tmp_path, monkeypatch):
+    out = tmp_path / "moved"
+    # Rank 1 dies before its fourth step; torchrun starts both again from the checkpoint of step 2, and is itself told to end.
+    assert torchrun(data, out, 2, "kill:3:1:0,term:4:0:1", restarts=1) != 0
+    stopped = checkpoint.latest(out / "checkpoints")
+    assert stopped.step == 5, "the step in which SIGTERM came was finished, and its checkpoint written"
+    assert torchrun(data, out, 4, "kill:7:3:0") != 0
+    assert checkpoint.latest(out / "checkpoints").step == 6
+    trained(monkeypatch, data, out, plan())
+    check_losses(out, straight)
     state = json.loads((out / "checkpoints/000010/state.json").read_text())
     assert (state["cursor"], state["phase"]) == (4, "512")
+
+
+def test_two_replicas_of_two_have_the_losses_of_one_process_and_go_on_in_any_layout(data, straight, tmp_path, monkeypatch):
+    out, replicas = tmp_path / "replicas", ("--fsdp", "2", "--max-rows", "2")  # a row group of three in two micro-batches
+    assert torchrun(data, out, 4, "kill:4:3:0", options=replicas) != 0
+    assert checkpoint.latest(out / "checkpoints").step == 4
+    assert torchrun(data, out, 2, "kill:6:1:0") != 0
+    assert torchrun(data, out, 4, "kill:8:0:0", options=replicas) != 0
+    assert checkpoint.latest(out / "checkpoints").step == 8
+    trained(monkeypatch, data, out, plan())
+    check_losses(out, straight)
 
 
 def test_a_loss_that_is_not_finite_on_one_rank_stops_all_before_the_weights_change(data, tmp_path):
@@ -128,8 +150,7 @@ def test_being_told_to_end_is_an_exit_code_of_its_own(data, tmp_path, monkeypatc
 
 
 @pytest.mark.ray
-def test_ray_train_starts_the_same_run_on_two_workers(data, tmp_path, monkeypatch, ray_cluster):
-    straight = trained(monkeypatch, data, tmp_path / "straight", plan())
+def test_ray_train_starts_the_same_run_on_two_workers(data, straight, tmp_path, ray_cluster):
     (data / "ray.py").write_text(f"import sys\nsys.path.insert(0, {str(TESTS)!r})\nfrom e2e.test_train_ranks import plan\n")
     given = {"recipe": f"{data}/ray.py:plan", "out": str(tmp_path / "ray"), "device": "cpu", "threads": 1, "ray": "auto", "workers": 2}
     assert verb.train(str(data), **given) == 0

@@ -1,8 +1,11 @@
 """What Muon and AdamW take, exact resume of both, gradient norms by part, and the same under FSDP2."""
 
+import math
+
 import pytest
 import torch
 from small_k2 import SMALL, small_model
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -163,14 +166,14 @@ def whole(value):
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-def sharded_steps(rank, world, folder):
-    """A step of Muon on a model in shards: norms and weights to `folder`."""
+def sharded_steps(rank, shape, folder):
+    """A step of Muon on a model in shards, of one replica or of several: norms and weights to `folder`."""
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=world)
-    model = small_model()
+    torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=math.prod(shape))
+    model, mesh = small_model(), init_device_mesh("cpu", shape)
     for block in model.blocks:
-        fully_shard(block)
-    fully_shard(model)
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
     optimizer = optim.muon(model, 1e-2, 0.01)
     backward(model)  # the same batch on every rank, so that the mean of the gradients is that of one process
     found = {part: norm.item() for part, norm in optim.grad_norms(model).items()}
@@ -181,7 +184,7 @@ def sharded_steps(rank, world, folder):
     weights = {name: whole(value.detach()) for name, value in model.named_parameters()}
     state = {name: whole(value) for name, value in optim.optimizer_tensors(model, optimizer).items()}
     other = small_model()
-    fully_shard(other)
+    fully_shard(other, mesh=mesh)
     resumed = optim.muon(other, 1e-2, 0.01)
     optim.load_optimizer_tensors(other, resumed, state)
     back = {name: whole(value) for name, value in optim.optimizer_tensors(other, resumed).items()}
@@ -190,8 +193,9 @@ def sharded_steps(rank, world, folder):
     torch.distributed.destroy_process_group()
 
 
-def test_norms_and_muon_are_the_same_in_shards(tmp_path):
-    torch.multiprocessing.spawn(sharded_steps, (2, str(tmp_path)), nprocs=2)
+@pytest.mark.parametrize("shape", [(2,), (2, 2)], ids=["shards", "replicas"])
+def test_norms_and_muon_are_the_same_in_shards(tmp_path, shape):
+    torch.multiprocessing.spawn(sharded_steps, (shape, str(tmp_path)), nprocs=math.prod(shape))
     (norms, weights), (others, _) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     model = small_model()
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
