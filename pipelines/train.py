@@ -82,6 +82,8 @@ def train(
         raise ValueError(
             f"--base is for LoRA recipes; {plan.name} trains a whole model. Leave it out, or give --recipe lora-nano or lora-k2"
         )
+    if plan.lora and any(phase.precision.startswith("float8") for phase in plan.phases):
+        raise ValueError(f"recipe {plan.name} trains a LoRA, whose layers have no float8. Take precision bf16")
     if plan.latents and any(phase.align for phase in plan.phases):
         raise ValueError(f"recipe {plan.name} reads latents, and its teacher needs images. Leave out latents or align")
     place = Path(out) if out else Path(data) / "train" / plan.name

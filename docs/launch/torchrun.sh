@@ -4,6 +4,7 @@
 #
 #     HEAD=node-0 DATA=/data/run OUT=/data/run/train/k2 bash docs/launch/torchrun.sh
 #
+# With --fsdp 8 behind the last line every machine of 8 GPUs holds a whole copy of the model (HSDP), however many machines there are.
 # One machine: leave HEAD out. SIGTERM or SIGUSR1 to torchrun reaches every rank: they write a checkpoint, which may take the
 # shutdown timeout, and end.
 set -euo pipefail

@@ -77,6 +77,9 @@ def steps(world, model, optimizer, limit=0.1, precision="fp32"):
             loss = (velocity - target[own]).square().flatten(1).mean(1).sum() / BATCH
             loss.backward()
             mine += loss.detach()
+            if k == 0 and world.mesh is not None and "replica" not in world.mesh.mesh_dim_names:
+                kept = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+                assert not kept, "gradients of a micro-batch stay whole"
         found["loss"].append(parallel.reduce(mine, world).item())
         trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         found.setdefault("gradients", {name: parallel.whole(parameter.grad).clone() for name, parameter in trained.items()})

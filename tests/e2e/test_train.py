@@ -13,6 +13,7 @@ import pytest
 import torch
 from packed_world import landscapes, make_packed
 
+from k2model.dit import K2_1B
 from k2model.text import HashText
 from pipelines import report, train_recipes, train_samples, train_step
 from pipelines import train as verb
@@ -149,6 +150,22 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(data, tmp_pat
     assert [row["step"] for row in losses(tmp_path)] == [1, 2, 3]
     monkeypatch.setattr(train_step.flow, "loss", whole)
     assert verb.train(str(data), "tiny", str(tmp_path), "cpu", threads=1) == 0
+
+
+def test_the_memory_that_a_dry_run_tells_is_that_of_one_replica_and_the_hours_are_of_all(data, capsys, monkeypatch):
+    monkeypatch.setitem(train_recipes.TRAIN, "tiny", lambda: replace(tiny_recipe(), model=replace(K2_1B, num_blocks=4)))
+
+    def told(**options):
+        assert verb.train(str(data), "tiny", dry_run=True, **options) == 0
+        return json.loads(capsys.readouterr().out.splitlines()[1])
+
+    two, eight, replicas, matrices = told(gpus=2), told(gpus=8), told(gpus=8, fsdp=2), told(gpus=8, fsdp=2, tp=2)
+    for kind in ("parameters", "optimizer", "gradients"):
+        assert replicas["memory_gib"][kind] == two["memory_gib"][kind] > 3.5 * eight["memory_gib"][kind]
+        assert matrices["memory_gib"][kind] < replicas["memory_gib"][kind]
+    assert replicas["hours_at_half_peak"] == eight["hours_at_half_peak"] < two["hours_at_half_peak"]
+    with pytest.raises(ValueError, match="8 data-parallel ranks cannot be divided into copies of the model over 3"):
+        told(gpus=8, fsdp=3)
 
 
 def test_a_phase_without_images_is_skipped_and_a_missing_one_is_an_error(data, tmp_path, capsys):

@@ -157,7 +157,7 @@ def test_a_lora_moves_from_two_processes_to_one_and_from_one_to_two(straight, da
     lora_file = "from e2e.test_train_lora import lora_recipe as plan\n"
     given = ("--base", str(base))
     assert torchrun(data, tmp_path / "two", 2, "kill:30:1:0", more=lora_file, options=given) != 0
-    assert verb.train(str(data), f"{data}/plan.py:plan", str(tmp_path / "two"), device="cpu", base=str(base), threads=1) == 0
+    assert verb.train(str(data), "lora-tiny", str(tmp_path / "two"), device="cpu", base=str(base), threads=1) == 0
     assert torchrun(data, without(tmp_path / "one", straight, 40), 2, more=lora_file, options=given) == 0
     for out in (tmp_path / "one", tmp_path / "two"):
         assert losses(out) == pytest.approx(losses(straight), rel=1e-4)
@@ -184,6 +184,10 @@ def test_a_base_that_is_missing_or_does_not_fit_is_told(data, base, tmp_path, mo
         verb.train(str(data), "tiny-base", str(tmp_path / "a"), device="cpu", base=str(base))
     with pytest.raises(ValueError, match=r"has no vae\.safetensors"):
         verb.train(str(data), "lora-tiny", str(tmp_path / "a"), device="cpu", base=str(base / "model.safetensors"))
+    quick = replace(lora_recipe(), phases=(replace(lora_recipe().phases[0], precision="float8_rowwise"),))
+    monkeypatch.setitem(train_recipes.TRAIN, "lora-tiny", lambda: quick)
+    with pytest.raises(ValueError, match="Take precision bf16"):
+        verb.train(str(data), "lora-tiny", str(tmp_path / "a"), device="cpu", base=str(base))
     wide = replace(lora_recipe(), model=replace(lora_recipe().model, width=128))
     monkeypatch.setitem(train_recipes.TRAIN, "lora-tiny", lambda: wide)
     with pytest.raises(ValueError, match=r"is a model of .*width=64.* is for .*width=128"):
