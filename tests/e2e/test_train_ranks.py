@@ -108,11 +108,12 @@ def test_a_run_moves_from_two_processes_to_four_to_one_and_has_the_losses_of_one
 
 def test_two_replicas_of_two_have_the_losses_of_one_process_and_go_on_in_any_layout(data, straight, tmp_path, monkeypatch):
     out, replicas = tmp_path / "replicas", ("--fsdp", "2", "--max-rows", "2")  # a row group of three in two micro-batches
-    assert torchrun(data, out, 4, "kill:4:3:0", options=replicas) != 0
-    assert checkpoint.latest(out / "checkpoints").step == 4
+    assert torchrun(data, out, 4, "kill:5:3:0", options=replicas) != 0
+    assert checkpoint.latest(out / "checkpoints").step in (2, 4), "the second save waited for the first"
     assert torchrun(data, out, 2, "kill:6:1:0") != 0
-    assert torchrun(data, out, 4, "kill:8:0:0", options=replicas) != 0
-    assert checkpoint.latest(out / "checkpoints").step == 8
+    assert checkpoint.latest(out / "checkpoints").step == 6, "the end of a phase waits for its checkpoint"
+    assert torchrun(data, out, 4, "kill:9:0:0", options=replicas) != 0
+    assert len(rows(out)) >= 8
     trained(monkeypatch, data, out, plan())
     check_losses(out, straight)
 

@@ -170,7 +170,7 @@ def sharded_steps(rank, shape, folder):
     """A step of Muon on a model in shards, of one replica or of several: norms and weights to `folder`."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=math.prod(shape))
-    model, mesh = small_model(), init_device_mesh("cpu", shape)
+    model, mesh = small_model(), init_device_mesh("cpu", shape, mesh_dim_names=("replica", "fsdp")[-len(shape) :])
     for block in model.blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
