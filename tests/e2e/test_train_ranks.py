@@ -154,6 +154,7 @@ def test_being_told_to_end_is_an_exit_code_of_its_own(data, tmp_path, monkeypatc
 def test_ray_train_starts_the_same_run_on_two_workers(data, straight, tmp_path, ray_cluster):
     (data / "ray.py").write_text(f"import sys\nsys.path.insert(0, {str(TESTS)!r})\nfrom e2e.test_train_ranks import plan\n")
     given = {"recipe": f"{data}/ray.py:plan", "out": str(tmp_path / "ray"), "device": "cpu", "threads": 1, "ray": "auto", "workers": 2}
+    given |= {"fsdp": 1}  # a replica on each
     assert verb.train(str(data), **given) == 0
     for found, expected in zip(rows(tmp_path / "ray"), rows(straight), strict=True):
         assert (found["step"], found["tokens"]) == (expected["step"], expected["tokens"])
