@@ -187,7 +187,7 @@ def batch_of(words: Any, side: int, size: int, number: int, median: int) -> Load
     images = F.interpolate(coarse, size=(side, side), mode="bicubic").clamp(0, 255).to(torch.uint8)
     texts = captions(words, 64, median)
     chosen = [[texts[i]] for i in rng.integers(0, len(texts), size)]
-    return Loaded(images, None, chosen, [f"{number}/{i}" for i in range(size)], size, (side, side), Group(0, 0, 0))
+    return Loaded(images, None, chosen, [f"{number}/{i}" for i in range(size)], size, (side, side), Group(0, 0, 0), list(range(size)))
 
 
 def curves(folder: Path, steps: int) -> dict[str, Any]:

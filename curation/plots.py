@@ -179,17 +179,19 @@ def windows(steps: np.ndarray, values: np.ndarray, num: int) -> tuple[np.ndarray
 
 
 def training_curve(
-    phases: Sequence[tuple[str, np.ndarray, np.ndarray]], checks: Sequence[tuple[np.ndarray, np.ndarray]], ylabel: str
+    phases: Sequence[tuple[str, np.ndarray, np.ndarray]], checks: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], ylabel: str
 ) -> Figure:
-    """A loss over steps, a colour per phase: its median over windows, pale where nine tenths of the steps lie, and `checks` as rings.
+    """A loss over steps, a colour per phase: its median over windows, pale where nine tenths of the steps lie, and `checks` as rings in
+    a band of one standard error to each side.
 
     Args:
         phases: (label, steps, values) of each, in order.
-        checks: (steps, values) of validation, one entry per phase; empty arrays where there was none.
+        checks: (steps, values, standard errors) of validation, one entry per phase; empty arrays where there was none, NaN for an error
+            that is not known.
     """
     figure, axis = axes(8, 3.4)
     total = sum(len(values) for _, values, _ in phases)
-    for i, ((label, steps, values), (at, checked)) in enumerate(zip(phases, checks, strict=True)):
+    for i, ((label, steps, values), (at, checked, error)) in enumerate(zip(phases, checks, strict=True)):
         colour = SERIES[i % len(SERIES)]
         # At most forty windows over the run, of a dozen steps at least: the median of few shows the draw of the times, not the loss.
         middle, low, median, high = windows(steps, values, max(1, min(round(40 * len(values) / total), len(values) // 12)))
@@ -198,11 +200,15 @@ def training_curve(
         if len(middle) > 1:
             axis.fill_between(middle, low, high, color=colour, alpha=0.15, linewidth=0)
         axis.plot(middle, median, color=colour, linewidth=2, marker="." if len(middle) < 3 else None)
+        axis.fill_between(at, checked - error, checked + error, color=INK, alpha=0.18, linewidth=0)
+        if len(at) == 1:  # a band would have no width
+            axis.errorbar(at, checked, np.nan_to_num(error), fmt="none", ecolor=INK, elinewidth=0.8)
         axis.plot(at, checked, "o-", color=INK, markerfacecolor="white", markersize=4.5, linewidth=0.8)
         _phase_name(axis, i, label, steps, colour)
-    _loss_range(axis, [values for _, _, values in phases] + [checked for _, checked in checks])
-    if any(len(at) for at, _ in checks):
-        axis.plot([], [], "o-", color=INK, markerfacecolor="white", markersize=4.5, linewidth=0.8, label="validation")
+    _loss_range(axis, [values for _, _, values in phases] + [checked for _, checked, _ in checks])
+    if any(len(at) for at, _, _ in checks):
+        label = "validation, ± 1 standard error" if any(np.isfinite(error).any() for _, _, error in checks) else "validation"
+        axis.plot([], [], "o-", color=INK, markerfacecolor="white", markersize=4.5, linewidth=0.8, label=label)
         axis.plot([], [], color=GREY, linewidth=2, label="training, median (pale: 5 to 95 %)")
         axis.legend(frameon=False, fontsize=8.5, loc="upper right", labelcolor=INK)
     _step_axis(axis)
@@ -244,21 +250,23 @@ def step_map(phases: Sequence[tuple[str, int, np.ndarray, np.ndarray]], label: s
     return figure
 
 
-def fans(fans: Sequence[tuple[str, Sequence[int], np.ndarray]], ylabel: str) -> Figure:
-    """A value by t at several steps, one pair of axes per phase, early steps pale and the last one strong.
+def fans(fans: Sequence[tuple[str, Sequence[int], np.ndarray, np.ndarray]], ylabel: str) -> Figure:
+    """A value by t at several steps, one pair of axes per phase, early steps pale and the last one strong, in a band of its standard error.
 
     Args:
-        fans: (phase, steps, values (steps, times)) of each phase.
+        fans: (phase, steps, values (steps, times), their standard errors or NaN) of each phase.
     """
     figure = Figure(figsize=(max(4.2, 3.4 * len(fans)), 3.2), layout="constrained", facecolor="white")
-    for i, (axis, (label, steps, values)) in enumerate(zip(np.atleast_1d(figure.subplots(1, len(fans), sharey=True)), fans, strict=True)):
+    places = np.atleast_1d(figure.subplots(1, len(fans), sharey=True))
+    for i, (axis, (label, steps, values, errors)) in enumerate(zip(places, fans, strict=True)):
         style(axis)
         t = (np.arange(values.shape[1]) + 0.5) / values.shape[1]
         chosen = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), 8)).round().astype(int))
         for rank, j in enumerate(chosen, 1):
             width = 2.2 if rank == len(chosen) else 1.2
             axis.plot(t, values[j], color=SERIES[i % len(SERIES)], alpha=0.15 + 0.85 * rank / len(chosen), linewidth=width)
-        first, last = values[chosen[0]], values[chosen[-1]]
+        first, last, error = values[chosen[0]], values[chosen[-1]], errors[chosen[-1]]
+        axis.fill_between(t, last - error, last + error, color=SERIES[i % len(SERIES)], alpha=0.2, linewidth=0)
         if abs(first[-1] - last[-1]) > 0.1 * values.max():  # else the two names would lie on one another
             axis.annotate(f"step {number(steps[chosen[0]])}", (t[-1], first[-1]), color=GREY, fontsize=8.5, ha="right", va="bottom")
         axis.annotate(f"step {number(steps[chosen[-1]])}", (t[-1], last[-1]), color=INK, fontsize=8.5, ha="right", va="top")

@@ -35,6 +35,7 @@ class Loaded(NamedTuple):
     num_valid: int
     bucket: tuple[int, int]  # height and width of the images in pixels
     group: Group  # source: which packed set; epoch and number of the row group there
+    places: list[int]  # of the valid rows among the images of the global batch (order.Part)
 
 
 class Loader:
@@ -156,7 +157,7 @@ class Loader:
         for part, pixels in zip(parts, pixels_of, strict=True):
             columns = [[values[row] for row in part.rows] for values in texts]
             bucket = (group["bucket_height"], group["bucket_width"])
-            loaded = Loaded(None, None, *columns, part.num_valid, bucket, part.group)
+            loaded = Loaded(None, None, *columns, part.num_valid, bucket, part.group, part.places)
             if latents is not None:
                 whole = part.rows == list(range(len(latents)))  # then nothing need be copied
                 mine = latents if whole else latents[part.rows]

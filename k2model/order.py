@@ -7,6 +7,7 @@ walked back to its images.
 
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -30,6 +31,12 @@ class Part(NamedTuple):
     group: Group
     rows: list[int]
     num_valid: int  # rows after these repeat others, so that all ranks have equal shapes; their weight is 0
+    first: int  # images of the global batch before this row group
+
+    @property
+    def places(self) -> list[int]:
+        """Of the valid rows among the images of the global batch, counted through its row groups and the rows of each."""
+        return [self.first + row for row in self.rows[: self.num_valid]]
 
 
 class Order:
@@ -111,10 +118,12 @@ class Order:
         ranks = max(1, world // self.num_groups)  # that share one row group
         largest = -(-max(packed.description["batch_size"] for packed in self.sets) // ranks)
         pieces = 1 if max_rows is None else -(-largest // max_rows)
-        mine = self.batch(i)[rank // ranks :: max(1, world // ranks)]
+        groups = self.batch(i)
+        counts = [self.describe(group)["num_rows"] for group in groups]
+        firsts = [0, *accumulate(counts)]
         return [
-            _piece(group, self.describe(group)["num_rows"], rank % ranks + ranks * k, ranks * pieces)
-            for group in mine
+            _piece(groups[j], counts[j], firsts[j], rank % ranks + ranks * k, ranks * pieces)
+            for j in range(rank // ranks, len(groups), max(1, world // ranks))
             for k in range(pieces)
         ]
 
@@ -133,11 +142,11 @@ def check_world(num_groups: int, world: int) -> None:
         )
 
 
-def _piece(group: Group, num_rows: int, k: int, num_pieces: int) -> Part:
+def _piece(group: Group, num_rows: int, first: int, k: int, num_pieces: int) -> Part:
     """Every `num_pieces`-th row from row k on, filled up with repeats to the length of the longest piece."""
     rows = list(range(k, num_rows, num_pieces))
     missing = -(-num_rows // num_pieces) - len(rows)
-    return Part(group, rows + [rows[-1] if rows else 0] * missing, len(rows))
+    return Part(group, rows + [rows[-1] if rows else 0] * missing, len(rows), first)
 
 
 def _shares(weights: np.ndarray) -> np.ndarray:

@@ -16,13 +16,13 @@ Velocity = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]  # (latents
 
 
 class Held(NamedTuple):
-    """A batch that is not trained on. Rows from `num_valid` on are repeats that fill the rectangle, and do not count."""
+    """A batch that is not trained on. Rows after those that have a place are repeats that fill the rectangle, and do not count."""
 
     clean: Tensor  # (B, C, H, W) latents
     text: Tensor  # (B, L, taps, dim), of the captions as they are: nothing is dropped
     mask: Tensor | None  # (B, L) bool
     uids: Sequence[str]
-    num_valid: int
+    places: Sequence[int]  # of its first images among all that are held out
 
 
 def fixed_times(num: int) -> list[float]:
@@ -31,24 +31,23 @@ def fixed_times(num: int) -> list[float]:
 
 
 @torch.no_grad()
-def validation_sums(velocity: Velocity, batches: Iterable[Held], num_times: int, seed: int) -> Tensor:
-    """Sums of the images' mean square errors, and their number, at each time: (2, num_times) float64, on the CPU.
+def validation_losses(velocity: Velocity, batches: Iterable[Held], num_images: int, num_times: int, seed: int) -> Tensor:
+    """Mean square error of every held-out image at each time: (num_images, num_times) float64, on the CPU; 0 for images of other ranks.
 
     The noise of an image at a time is a function of (seed, uid, time), so it does not matter which rank or batch has it (but for the last
-    bits of a matrix product). Add the tensors of all ranks, then `losses`. The model should be in eval mode and under the
+    bits of a matrix product). Add the tensors of all ranks, then `summary`. The model should be in eval mode and under the
     autocast of training; a sharded model is called equally often on all ranks, if they have equally many batches.
     """
-    sums = torch.zeros(2, num_times, dtype=torch.float64)
+    each = torch.zeros(num_images, num_times, dtype=torch.float64)
     for held in batches:
         found = []
         for i, time in enumerate(fixed_times(num_times)):
             noise = fixed_noise(seed, held.uids, i, tuple(held.clean.shape[1:])).to(held.clean.device)
             t = torch.full((len(held.uids),), time, device=held.clean.device)
             predicted = velocity(flow.noisy(held.clean, noise, t), t, held.text, held.mask)
-            found.append(flow.loss(predicted, held.clean, noise)[: held.num_valid].double().sum())
-        sums[0] += torch.stack(found).cpu()  # once a batch: the device is not waited for in between
-        sums[1] += held.num_valid
-    return sums
+            found.append(flow.loss(predicted, held.clean, noise)[: len(held.places)])
+        each[torch.tensor(held.places, dtype=torch.long)] = torch.stack(found, 1).double().cpu()  # the device is waited for once a batch
+    return each
 
 
 def fixed_noise(seed: int, uids: Sequence[str], time: int, shape: tuple[int, ...]) -> Tensor:
@@ -57,16 +56,32 @@ def fixed_noise(seed: int, uids: Sequence[str], time: int, shape: tuple[int, ...
     return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
 
 
-def losses(sums: Tensor) -> dict[str, Any]:
-    """`validation` of a row of metrics.jsonl, from `validation_sums` of all ranks: loss (over all times) and by_t.
+def summary(each: Tensor) -> dict[str, Any]:
+    """`validation` of a row of metrics.jsonl, from `validation_losses` of all ranks: loss (over images and times), by_t, images, and
+    standard_error and standard_error_by_t of these means (None for a single image).
+
+    A standard error is the deviation of the images over the root of their number: s / sqrt(n) with n - 1 in s, of each image's mean over
+    the times, and at each time. The times are the same for all and no part of it; the noise is drawn for each image and is. So it says
+    how far the mean of *other* images would be, and is the wrong measure for two models on the same images and noise (two steps, or two
+    runs of one seed on one packed set): there most of the deviation is common to both, and the error of the mean of the images'
+    differences is many times smaller. Take it from the tables themselves, which losses.f32 keeps (docs/training.md).
 
     Raises:
         ValueError: no image was validated on.
     """
-    if not sums[1].min() > 0:
+    num = len(each)
+    if not num:
         raise ValueError("there is no image to validate on. Hold out more row groups, or turn validation off.")
-    by_t = (sums[0] / sums[1]).tolist()
-    return {"loss": sum(by_t) / len(by_t), "by_t": by_t}
+    by_image, by_t = each.mean(1), each.mean(0)
+    error = by_image.std() / num**0.5 if num > 1 else None
+    error_by_t = each.std(0) / num**0.5 if num > 1 else None
+    return {
+        "loss": by_image.mean().item(),
+        "standard_error": None if error is None else error.item(),
+        "by_t": by_t.tolist(),
+        "standard_error_by_t": None if error_by_t is None else error_by_t.tolist(),
+        "images": num,
+    }
 
 
 class Ledger:

@@ -252,6 +252,7 @@ def _training(metrics: Path) -> dict[str, Any] | None:
                 "seconds": f"{sum(row['images'] / row['images_per_s'] for row in mine if row.get('images_per_s')):.0f}",
                 "first": f"{np.mean(losses[:tenth]):.3f}",
                 "last": f"{np.mean(losses[-tenth:]):.3f}",
+                "validation": _validation(mine),
             }
         )
     grids = sorted(metrics.parent.glob("samples/*.png"))
@@ -266,14 +267,28 @@ def _training(metrics: Path) -> dict[str, Any] | None:
     return {"name": metrics.parent.name, "steps": number(len(rows)), "phases": phases, "samples": samples, "charts": charts}
 
 
+def _validation(rows: list[dict[str, Any]]) -> str:
+    """The last validation loss of a phase, with its standard error and of how many images."""
+    found = next((row["validation"] for row in reversed(rows) if row.get("validation")), None)
+    if found is None:
+        return ""
+    error = f" ± {found['standard_error']:.3f}" if found.get("standard_error") is not None else ""
+    return f"{found['loss']:.3f}{error}" + (f" ({number(found['images'])} images)" if "images" in found else "")
+
+
 TRAINING_CHARTS = {  # name: what it shows, and how to read it
     "loss": (
         "training loss",
         "Dots are steps, the line their median over neighbouring steps, rings the loss on images that are not trained on, at fixed times "
-        "and noise. The loss jumps where a phase with another resolution and timestep shift begins.",
+        "and noise, in a band of one standard error over these images: how far the mean of other images would lie. Steps and runs on the "
+        "same images are told apart by less, for the deviation is common to them. The loss jumps where a phase with another resolution "
+        "and timestep shift begins.",
     ),
     "loss_by_t": ("training loss by time", "Training loss by time t of the noise, over steps. Grey: no image had this time."),
-    "validation_by_t": ("validation loss by time", "Validation loss by time; early steps pale, the last one strong."),
+    "validation_by_t": (
+        "validation loss by time",
+        "Validation loss by time; early steps pale, the last one strong, in a band of one standard error over the images.",
+    ),
     "loss_by_bucket": ("training loss by bucket", "Training loss by bucket (width x height), with its last value."),
     "loss_by_source": ("training loss by source", "Training loss by packed set, with its last value."),
     "grad_norms": ("gradient norm by part", "Norm of the gradient before clipping, of all and of each part of the model."),

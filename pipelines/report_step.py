@@ -1,17 +1,20 @@
 """`k2 report --step`: from a step of a training run back to its images, with every annotation that the run folder has of them.
 
-Which images a step saw is a function of recipe, packed sets and step (k2model.order), so nothing is searched and nothing had to be
-remembered while training; metrics.jsonl adds the losses.
+Which images a step saw, and at which times, is a function of recipe, packed sets and step (k2model.order, k2model.flow), so nothing is
+searched and nothing had to be remembered while training; losses.f32 adds the loss of each, in batches of any size from any number of
+ranks, and of the step too that stopped a run and has no row in metrics.jsonl.
 """
 
 import io
 import json
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import duckdb
+import numpy as np
 import pyarrow as pa
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
@@ -23,7 +26,7 @@ from curation.shards import write_bytes
 from k2model.flow import draw
 from k2model.order import Order
 from pipelines import recipes
-from pipelines.metrics import read_rows
+from pipelines.metrics import LOSSES, end_of, read_losses, read_rows
 from pipelines.report import breakable, picture
 from pipelines.train import curriculum
 from pipelines.train_loop import Span
@@ -33,11 +36,15 @@ from pipelines.train_step import given
 COLUMNS = ["uid", "image", "caption", "caption_source", "other_captions", "shard", "key", "source_height", "source_width"]
 COLUMNS += ["crop_top", "crop_left", "crop_height", "crop_width"]
 SHEET_COLUMNS, SHEET_SIDE = 8, 160
-SAID = ("step", "phase", "index", "losses")  # of metrics.jsonl, which the page says by itself
+MOST = 128  # images on the page and the sheet: those with the highest losses; the lines have all
+SAID = ("step", "phase", "index", "losses_at")  # of metrics.jsonl, which the page says by itself
 
 
 def report_step(run: str, step: int, training: str | None = None, recipe: str | None = None) -> int:
     """Write RUN/train/<recipe>/step-<N>.html and .png, and print a JSON line per image and one for the page.
+
+    Each image has its loss and its time t, on which the loss depends as well as on the image. Of large batches the page and the
+    sheet show the images with the highest losses; the lines are of all, in the order of the step.
 
     Args:
         run: Run folder in which was packed and trained.
@@ -50,8 +57,17 @@ def report_step(run: str, step: int, training: str | None = None, recipe: str | 
     """
     place = training_folder(run, training)
     plan, span, index = where(run, place, recipe, step)
-    metrics = {"step": step, "phase": span.phase.name, "index": index} | step_metrics(place, step)
-    return write(run, place, metrics, seen(step_images(span.order, index), plan, span.phase, step))
+    row, at = step_row(place, step)
+    images = step_images(span.order, index)
+    if row and row["images"] != len(images):
+        raise ValueError(f"step {step} has losses for {row['images']} images, and its batch is of {len(images)}: it was trained on others")
+    losses = None if at is None else read_losses(place, at, len(images))
+    if losses is None:
+        print(f"k2 report: {place / LOSSES} has no losses of step {step}", file=sys.stderr)
+    for i, image in enumerate(images):
+        image["loss"] = None if losses is None else float(f"{losses[i]:.6g}")
+    metrics = {"step": step, "phase": span.phase.name, "index": index} | row
+    return write(run, place, metrics, seen(images, plan, span.phase, step))
 
 
 def training_folder(run: str, training: str | None) -> Path:
@@ -69,14 +85,22 @@ def training_folder(run: str, training: str | None) -> Path:
     return found[0]
 
 
-def step_metrics(place: Path, step: int) -> dict[str, Any]:
-    """The row of metrics.jsonl of one step; nothing of the step after the last row, which may have stopped the run."""
-    rows = read_rows(place / "metrics.jsonl")
-    found = next((row for row in rows if row["step"] == step), {})
-    last = rows[-1]["step"] if rows else 0
-    if not found and step != last + 1:
-        raise ValueError(f"there is no step {step} in {place}/metrics.jsonl; its last step is {last}")
-    return found
+def step_row(place: Path, step: int) -> tuple[dict[str, Any], int | None]:
+    """The row of metrics.jsonl of one step, and where its losses begin in losses.f32, if they were kept.
+
+    The step after the last row, which may have stopped the run, has an empty one, and its losses come after those of that row. Line N is
+    that of step N, so that of a long run only two are read.
+    """
+    path = place / "metrics.jsonl"
+    near = read_rows(path, max(step - 2, 0), step)
+    found = next((row for row in near if row["step"] == step), None)
+    if found:
+        return found, found.get("losses_at")
+    before = near[-1] if near else {"step": 0, "losses_at": 0, "images": 0}
+    if before["step"] != step - 1:
+        last = read_rows(path)[-1:]
+        raise ValueError(f"there is no step {step} in {path}; its last step is {last[0]['step'] if last else 0}")
+    return {}, end_of(before) if "losses_at" in before else None
 
 
 def where(run: str, place: Path, recipe: str | None, step: int) -> tuple[TrainRecipe, Span, int]:
@@ -131,10 +155,11 @@ def step_images(order: Order, index: int) -> list[dict[str, Any]]:
 
 
 def seen(rows: Sequence[dict[str, Any]], plan: TrainRecipe, phase: Phase, step: int) -> list[dict[str, Any]]:
-    """The same rows with `given`: the caption that the step gave the model with the image, empty where it was dropped."""
+    """The same rows with `t`, the time of the image's noise, and `given`, the caption that the model got with it: empty where dropped."""
     uids, texts = [row["uid"] for row in rows], [[row["caption"], *row["other_captions"]] for row in rows]
-    drop = draw(plan.seed, step - 1, uids, (1, 1, 1), phase.mu).drop.tolist()
-    return [row | {"given": text} for row, text in zip(rows, given(plan, phase, step - 1, uids, texts, drop), strict=True)]
+    _, times, drop = draw(plan.seed, step - 1, uids, (1, 1, 1), phase.mu)
+    found = zip(rows, times.tolist(), given(plan, phase, step - 1, uids, texts, drop.tolist()), strict=True)
+    return [row | {"t": round(t, 4), "given": text} for row, t, text in found]
 
 
 def annotations_of(run: str, rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
@@ -172,27 +197,28 @@ def plain(value: Any) -> Any:
 def write(run: str, place: Path, metrics: dict[str, Any], images: Sequence[dict[str, Any]]) -> int:
     """Write the page and the contact sheet of a step, and print its lines; 0.
 
-    `metrics` is the step's row; where it has `losses`, they are those of `images`, in their order.
+    `metrics` is the step's row, `images` are its images with their `loss` (None: not known) and `t`, in the order of the step.
     """
-    losses = metrics.get("losses") or [None] * len(images)
-    if len(losses) != len(images):
-        raise ValueError(f"step {metrics['step']} has {len(losses)} losses for {len(images)} images: it was trained on others")
     annotations = annotations_of(run, images)
-    rows = [row | {"loss": loss, "annotations": annotations[row["uid"]]} for row, loss in zip(images, losses, strict=True)]
+    rows = [row | {"annotations": annotations[row["uid"]]} for row in images]
     for row in rows:
-        print(json.dumps({name: value for name, value in row.items() if name != "image"} | {"step": metrics["step"]}))
-    shown = sorted(rows, key=lambda row: -_of_loss(row["loss"]))  # stable: without losses in the order of the step
+        said = {name: value for name, value in row.items() if name != "image"}
+        print(json.dumps(said | {"loss": plain(row["loss"]), "step": metrics["step"]}))
+    shown = sorted(rows, key=lambda row: -_of_loss(row["loss"]))[:MOST]  # stable: without losses in the order of the step
     pictures = [Image.open(io.BytesIO(row["image"])).convert("RGB") for row in shown]
-    labels = [f"{'' if row['loss'] is None else number(row['loss']) + '  '}{row['uid']}" for row in shown]
+    for row in shown:
+        row["loss_text"] = "" if row["loss"] is None else number(row["loss"]) if math.isfinite(row["loss"]) else str(row["loss"])
+    labels = [f"{row['loss_text']} t {row['t']:.2f}  {row['uid']}".strip() for row in shown]
     sheet, buffer = contact_sheet(pictures, labels, SHEET_COLUMNS, SHEET_SIDE), io.BytesIO()
     sheet.save(buffer, "PNG")
     name = f"step-{metrics['step']}"
     write_bytes(buffer.getvalue(), place / f"{name}.png")
     for row, image in zip(shown, pictures, strict=True):
         row |= {"picture": picture(image), "tables": list(_tables(row["annotations"]))}
-    page = render(place.name, metrics, shown).encode()
+    page = render(place.name, metrics, rows, shown).encode()
     write_bytes(page, place / f"{name}.html")
-    print(json.dumps({"page": str(place / f"{name}.html"), "sheet": str(place / f"{name}.png"), "images": len(rows)}))
+    made = {"page": str(place / f"{name}.html"), "sheet": str(place / f"{name}.png"), "images": len(rows), "shown": len(shown)}
+    print(json.dumps(made))
     return 0
 
 
@@ -220,12 +246,20 @@ def _text(value: Any) -> str:
     return printable(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
 
 
-def render(training: str, metrics: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
-    """The page of a step, as HTML without a script."""
+def render(training: str, metrics: dict[str, Any], rows: Sequence[dict[str, Any]], shown: Sequence[dict[str, Any]]) -> str:
+    """The page of a step, as HTML without a script: `shown` are those of its `rows` that it shows."""
     environment = Environment(
         loader=PackageLoader("pipelines"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"breakable": breakable, "printable": printable, "number": number}
     facts = [(name, _text(plain(value))) for name, value in metrics.items() if name not in SAID]
+    losses = np.array([row["loss"] for row in rows if row["loss"] is not None])
+    finite = losses[np.isfinite(losses)]
+    if len(finite):
+        low, middle, high = (number(value) for value in np.quantile(finite, (0.05, 0.5, 0.95)))
+        facts.append(("losses of the images", f"median {middle}, nine tenths {low} to {high}, highest {number(finite.max())}"))
+    if len(losses) > len(finite):
+        facts.append(("images whose loss is not finite", f"{len(losses) - len(finite):,}"))
     groups = len({(row["packed"], row["file"], row["row_group"]) for row in rows})
-    return environment.get_template("step.html.j2").render(training=training, metrics=metrics, facts=facts, rows=rows, num_groups=groups)
+    context = {"training": training, "metrics": metrics, "facts": facts, "rows": shown, "num_images": len(rows), "num_groups": groups}
+    return environment.get_template("step.html.j2").render(context, has_losses=len(losses) > 0)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,7 +40,6 @@ from pipelines.train_recipes import Phase, TrainRecipe
 from pipelines.train_samples import samples
 from pipelines.train_step import Parts, Result, build, train_step
 
-MOST_LOSSES = 64  # images of a batch up to which every image's loss is kept in its row
 VALIDATION_TIMES = 8
 AN_HOUR = 3600.0  # what samples, validation or a checkpoint may take
 
@@ -190,16 +190,20 @@ def run_phase(job: Job, span: Span, parts: Parts, done: int) -> tuple[int, int |
         for batches, index in loader:
             lr = phase.lr * optim.warmup_stable_decay(index, phase.steps, phase.warmup, phase.decay)
             result = train_step(parts, plan, phase, batches, order.num_images(index), done, lr, job.signals.by is not None)
+            losses_at = job.metrics.keep(result.losses) if job.metrics else None  # those of a step that stops the run too
             if not result.finite:
                 print_once(world, not_finite(span, result, done, index))
                 return done, 1
             done += 1
             seconds, waiting = time.perf_counter() - clock, loader.waited - waited
             at_end = done == span.end
-            row = row_of(span, result, done, index, lr, seconds, waiting, machine)
+            row = row_of(span, result, done, index, lr, seconds, waiting, world) | {"losses_at": losses_at}
             if order.held_out and (done % plan.validate_every == 0 or at_end):
                 with job.watchdog.allowing(AN_HOUR):
-                    row["validation"] = validate(job, span, parts)
+                    each = validate(job, span, parts)
+                row["validation"] = validation.summary(each)
+                if job.metrics:
+                    row["validation"]["losses_at"] = job.metrics.keep(each.numpy())
             if job.metrics:
                 job.metrics.write(row)
             job.progress.set_postfix_str(f"loss {result.loss:.3f}", refresh=False)
@@ -230,21 +234,24 @@ def print_once(world: World, text: str) -> None:
 
 
 def not_finite(span: Span, result: Result, done: int, index: int) -> str:
-    """What a person needs who has to find out why."""
-    places = [span.order.sets[group.source].place(span.order.describe(group)) for group in span.order.batch(index)]
+    """What a person needs who has to find out why: the row groups, and only those with a loss that is not finite where there are any."""
+    groups = span.order.batch(index)
+    ends = np.cumsum([span.order.describe(group)["num_rows"] for group in groups])
+    bad = np.flatnonzero(~np.isfinite(result.losses))
+    named = np.unique(np.searchsorted(ends, bad, side="right")) if len(bad) else range(len(groups))
+    places = [span.order.sets[groups[j].source].place(span.order.describe(groups[j])) for j in named]
     shown = ", ".join(places[:4]) + (f" and {len(places) - 4} more" if len(places) > 4 else "")
     return (
         f"k2 train: loss {result.loss}, gradient norm {result.grad_norms['total']} at step {done + 1} of phase {span.phase.name}, "
-        f"cursor {index} ({shown}). The weights were not changed; the last checkpoint is whole. "
+        f"cursor {index}: the loss of {len(bad)} of {len(result.losses)} images is not finite ({shown}). "
+        f"The weights were not changed; the last checkpoint is whole. "
         f"Look at these images (k2 report RUN --step {done + 1}), or lower lr or clip."
     )
 
 
-def row_of(
-    span: Span, result: Result, done: int, index: int, lr: float, seconds: float, waiting: float, machine: Machine
-) -> dict[str, Any]:
+def row_of(span: Span, result: Result, done: int, index: int, lr: float, seconds: float, waiting: float, world: World) -> dict[str, Any]:
     """A row of metrics.jsonl."""
-    images, world = span.order.num_images(index), machine.world
+    images = len(result.losses)
     row = {
         "step": done,
         "phase": span.phase.name,
@@ -264,8 +271,6 @@ def row_of(
     }
     if result.align is not None:
         row["align"] = result.align
-    if world.size == 1 and machine.max_rows is None and len(result.losses) <= MOST_LOSSES:  # else they are not in the order of the rows
-        row["losses"] = [round(loss, 5) for loss in result.losses]
     return row
 
 
@@ -282,9 +287,10 @@ def peak_memory_gib(world: World) -> float:
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3)  # kibibytes on Linux
 
 
-def validate(job: Job, span: Span, parts: Parts) -> dict[str, Any]:
-    """The loss of the row groups that are held out, at fixed times and noise. Each rank takes its share of them."""
+def validate(job: Job, span: Span, parts: Parts) -> torch.Tensor:
+    """(images, times) losses of the row groups that are held out, at fixed times and noise. Each rank takes its share of them."""
     order, world = span.order, job.machine.world
+    firsts = [0, *accumulate(order.describe(group)["num_rows"] for group in order.held_out)]
     rounds = -(-len(order.held_out) // world.size)
 
     def batches() -> Iterator[validation.Held]:
@@ -294,14 +300,15 @@ def validate(job: Job, span: Span, parts: Parts) -> dict[str, Any]:
             batch = order.sets[group.source].read(order.describe(group))
             text, mask = parts.encode(batch.captions)
             clean = parts.codec.encode(to_pixels(batch.images.to(world.device)))
-            yield validation.Held(clean, text, mask, batch.uids, len(batch.uids) if place < len(order.held_out) else 0)
+            places = range(firsts[place], firsts[place + 1]) if place < len(order.held_out) else ()
+            yield validation.Held(clean, text, mask, batch.uids, places)
 
     parts.model.eval()
     with parallel.autocast(world, span.phase.precision):
         velocity = partial(parts.model, kernel=parts.kernel)
-        sums = validation.validation_sums(velocity, batches(), VALIDATION_TIMES, job.plan.seed)
+        each = validation.validation_losses(velocity, batches(), firsts[-1], VALIDATION_TIMES, job.plan.seed)
     parts.model.train()
-    return validation.losses(parallel.reduce(sums.to(world.device), world).cpu())
+    return parallel.reduce(each.to(world.device), world).cpu()
 
 
 def show(job: Job, span: Span, parts: Parts, done: int) -> None:

@@ -42,14 +42,18 @@ def figures(rows: Sequence[Row]) -> dict[str, Figure]:
 
 
 def loss(rows: Sequence[Row]) -> Figure | None:
-    """Training loss per phase with the validation loss."""
+    """Training loss per phase with the validation loss and its standard error over the held-out images."""
     if not rows:
         return None
     phases = by_phase(rows)
     checks = [[row for row in mine if row.get("validation")] for _, mine in phases]
     return plots.training_curve(
         [(f"{name} px", column(mine, "step"), column(mine, "loss")) for name, mine in phases],
-        [(column(mine, "step"), np.array([row["validation"]["loss"] for row in mine])) for mine in checks],
+        [
+            (column(mine, "step"), column(found, "loss"), column(found, "standard_error"))
+            for mine in checks
+            for found in [[row["validation"] for row in mine]]
+        ],
         "loss (velocity, mean square)",
     )
 
@@ -65,12 +69,14 @@ def loss_by_t(rows: Sequence[Row]) -> Figure | None:
 
 
 def validation_by_t(rows: Sequence[Row]) -> Figure | None:
-    """Validation loss by time at several steps."""
+    """Validation loss by time at several steps, the last one with its standard error."""
     phases = [(name, [row for row in mine if (row.get("validation") or {}).get("by_t")]) for name, mine in by_phase(rows)]
     found = [
-        (f"{name} px", [row["step"] for row in mine], np.array([row["validation"]["by_t"] for row in mine], np.float64))
+        (f"{name} px", [row["step"] for row in mine], values, errors)
         for name, mine in phases
         if mine
+        for values in [np.array([row["validation"]["by_t"] for row in mine], np.float64)]
+        for errors in [np.array([_errors(row["validation"]) for row in mine], np.float64)]
     ]
     return plots.fans(found, "validation loss") if found else None
 
@@ -139,6 +145,11 @@ def by_phase(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
 def column(rows: Sequence[Row], key: str) -> np.ndarray:
     """One value of every row, NaN where it is missing."""
     return np.array([_number(row.get(key)) for row in rows], np.float64)
+
+
+def _errors(check: Mapping[str, Any]) -> Sequence[float]:
+    """Standard errors by time of a validation; NaN where they are not known, as those of a single image."""
+    return check.get("standard_error_by_t") or [np.nan] * len(check["by_t"])
 
 
 def _number(value: Any) -> float:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -82,7 +83,7 @@ class Result(NamedTuple):
     flops: float  # of the valid tokens, without recomputation
     stop: bool  # some rank was asked to
     parts: dict[str, Any]  # the loss by time, bucket and source
-    losses: list[float]  # of this rank's images, in the order read
+    losses: np.ndarray  # (num_images,) float32, of every image of the global batch: row groups in order, and the rows of each
 
     @property
     def finite(self) -> bool:
@@ -126,7 +127,7 @@ def train_step(
     gradient is 1 / num_images.
 
     Args:
-        batches: parts of this rank; rows after `num_valid` count nothing.
+        batches: parts of this rank; rows after `num_valid` count nothing, the others have their `places` in the global batch.
         num_images: of the whole global batch.
         step: of the run, from 0; with seed and uid it gives noise, time and dropout.
         stop: this rank was asked to stop.
@@ -136,7 +137,7 @@ def train_step(
     for optimizer in optimizers:
         optimizer.zero_grad()
     # Nothing below waits for the GPU before the last part has been asked of it: numbers that are there are read at the end.
-    sums, losses, tokens, flops = torch.zeros(2, dtype=torch.float64, device=device), [], 0, 0
+    sums, losses, places, tokens, flops = torch.zeros(2, dtype=torch.float64, device=device), [], [], 0, 0
     for k, batch in enumerate(batches):
         parallel.synchronize(parts.model, k == len(batches) - 1)
         with torch.no_grad():
@@ -154,17 +155,22 @@ def train_step(
         each, lengths, image_tokens = each.detach()[:valid], mask[:valid].sum(1).tolist(), clean[0, 0].numel() // plan.model.patch**2
         parts.ledger.add(each, t[:valid], f"{batch.bucket[0]}x{batch.bucket[1]}", phase.mixture[batch.group.source][0])
         losses.append(each)
+        places += batch.places
         flops += sum(train_flops(plan.model, length, image_tokens) for length in lengths)
         tokens += sum(lengths) + valid * image_tokens
         sums += torch.stack([total.detach(), beside.detach()]).double()
     norms = optim.grad_norms(parts.model)
     sums = torch.cat([sums, send(torch.tensor([tokens, flops], dtype=torch.float64), device)])
-    together = parallel.reduce(torch.cat([sums, parts.ledger.sums.flatten()]), world)
-    sums, parts.ledger.sums = together[: len(sums)], together[len(sums) :].view_as(parts.ledger.sums)
+    of_images = torch.zeros(num_images, dtype=torch.float64, device=device)  # each rank fills in its own: a sum puts them together
+    of_images[send(torch.tensor(places, dtype=torch.long), device)] = torch.cat(losses).double()
+    bins = parts.ledger.sums
+    together = parallel.reduce(torch.cat([sums, bins.flatten(), of_images]), world)
+    sums, ledger, of_images = together.split([len(sums), bins.numel(), num_images])
+    parts.ledger.sums = ledger.view_as(bins)
     found, by_part = sums.tolist(), {name: float(norm) for name, norm in norms.items()}
     asked = parallel.agree(stop, world)
-    each_loss = torch.cat(losses).tolist()
-    result = Result(found[0], found[1] if alignment else None, by_part, int(found[2]), found[3], asked, parts.ledger.read(), each_loss)
+    each = of_images.float().cpu().numpy()
+    result = Result(found[0], found[1] if alignment else None, by_part, int(found[2]), found[3], asked, parts.ledger.read(), each)
     if result.finite:
         optim.clip_gradients(parts.model.parameters(), norms["total"], plan.clip)
         for optimizer in optimizers:

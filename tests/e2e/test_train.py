@@ -81,8 +81,11 @@ def test_a_run_resumed_at_any_checkpoint_has_the_same_losses_and_weights(straigh
             shutil.rmtree(place)
     with open(out / "metrics.jsonl", "a") as metrics:
         metrics.write('{"step": 11, "half a li')  # what a killed process leaves
+    with open(out / "losses.f32", "ab") as kept:
+        kept.write(b"losses of step 11 that were not w")
     assert verb.train(str(data), "tiny", str(out), "cpu", threads=1) == 0
     assert losses(out) == losses(straight)
+    assert (out / "losses.f32").read_bytes() == (straight / "losses.f32").read_bytes()
     last = [(run / "checkpoints/000010/model.safetensors").read_bytes() for run in (out, straight)]
     assert last[0] == last[1]
 
@@ -114,6 +117,7 @@ def test_a_run_killed_while_it_saves_has_the_same_losses_and_weights(straight, d
     assert sorted(place.name for place in (tmp_path / "checkpoints").iterdir()) == [".000006.tmp", "000002", "000004", "000005"]
     assert verb.train(str(data), "tiny", str(tmp_path), "cpu", threads=1) == 0
     assert losses(tmp_path) == losses(straight)
+    assert (tmp_path / "losses.f32").read_bytes() == (straight / "losses.f32").read_bytes()
     last = [(run / "checkpoints/000010/model.safetensors").read_bytes() for run in (tmp_path, straight)]
     assert last[0] == last[1]
     assert not list((tmp_path / "checkpoints").glob(".*.tmp"))
@@ -146,7 +150,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(data, tmp_pat
     monkeypatch.setattr(train_step.flow, "loss", breaks_at_the_fourth)
     assert verb.train(str(data), "tiny", str(tmp_path), "cpu", threads=1) == 1
     said = capsys.readouterr().err
-    assert "at step 4 of phase 256" in said and "cursor" in said and "row group" in said
+    assert "at step 4 of phase 256" in said and "cursor" in said and "images is not finite (" in said and "row group" in said
     assert [row["step"] for row in losses(tmp_path)] == [1, 2, 3]
     monkeypatch.setattr(train_step.flow, "loss", whole)
     assert verb.train(str(data), "tiny", str(tmp_path), "cpu", threads=1) == 0

@@ -1,10 +1,12 @@
 """What a recipe can ask of the loop: mixtures, global batches in parts, alignment, merging between phases, Muon, packed latents."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import small_krea
 import torch
@@ -18,6 +20,7 @@ from k2model.vae import QwenImageVae
 from pipelines import train as verb
 from pipelines import train_recipes
 from pipelines.latents import write_latents
+from pipelines.metrics import read_losses
 from pipelines.teachers import TowerTeacher
 
 
@@ -66,6 +69,11 @@ def rows(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
+def image_losses(out: Path, row: dict) -> np.ndarray:
+    """Of the images of a step, in the order of its global batch."""
+    return read_losses(out, row["losses_at"], row["images"])
+
+
 def test_a_global_batch_of_several_row_groups_is_the_same_in_parts_of_any_size(data, tmp_path, monkeypatch):
     plan = recipe("parts", both={"num_groups": 4})
     whole = trained(monkeypatch, data, tmp_path / "whole", plan)
@@ -74,6 +82,9 @@ def test_a_global_batch_of_several_row_groups_is_the_same_in_parts_of_any_size(d
     assert [row["tokens"] for row in rows(whole)] == [row["tokens"] for row in rows(parts)]
     for a, b in zip(rows(whole), rows(parts), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=2e-5) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=2e-4)
+        assert image_losses(parts, b) == pytest.approx(image_losses(whole, a), rel=1e-4), "in the order of the batch, not of the parts"
+        assert image_losses(whole, a).mean() == pytest.approx(a["loss"], rel=1e-5)
+    assert len(set(image_losses(whole, rows(whole)[0]))) == 12
 
 
 def test_a_mixture_reads_both_sets_and_says_the_loss_of_each(data, tmp_path, monkeypatch):
@@ -84,7 +95,7 @@ def test_a_mixture_reads_both_sets_and_says_the_loss_of_each(data, tmp_path, mon
     assert all(sum(count.values()) == 9 == sum(row["num_by_t"]) for count, row in zip(by_source, found, strict=False))
     row = next(row for row in found if len(row["num_by_source"]) == 2)
     mean = sum(row["loss_by_source"][name] * count for name, count in row["num_by_source"].items()) / 9
-    assert mean == pytest.approx(row["loss"], rel=1e-5) and mean == pytest.approx(sum(row["losses"]) / 9, rel=1e-4)
+    assert mean == pytest.approx(row["loss"], rel=1e-5) and mean == pytest.approx(image_losses(tmp_path, row).mean(), rel=1e-5)
 
 
 def test_validation_asks_the_held_out_images_at_fixed_times(data, tmp_path, monkeypatch):
@@ -94,6 +105,27 @@ def test_validation_asks_the_held_out_images_at_fixed_times(data, tmp_path, monk
     assert sorted(found) == [3, 6, 9, 10] and all(len(one["by_t"]) == 8 for one in found.values())
     again = resumed(monkeypatch, data, tmp_path / "b", plan, out, 6)
     assert {row["step"]: row["validation"] for row in rows(again) if "validation" in row} == found
+    assert (again / "losses.f32").read_bytes() == (out / "losses.f32").read_bytes()
+    for one in found.values():
+        each = read_losses(out, one["losses_at"], 8 * one["images"]).reshape(-1, 8)
+        assert one["images"] == 3 and one["by_t"] == pytest.approx(each.mean(0), rel=1e-5)
+        assert one["standard_error"] == pytest.approx(each.mean(1).std(ddof=1) / 3**0.5, rel=1e-4)
+
+
+def test_two_runs_on_the_same_held_out_images_are_told_apart_by_their_differences(data, tmp_path, monkeypatch):
+    """The lines of docs/training.md, on two runs."""
+    manual = (Path(__file__).parents[2] / "docs/training.md").read_text()
+    (code,) = [block for block in re.findall("```python\n(.*?)```", manual, re.S) if "read_losses" in block]
+    for name, lr in (("a", 1e-3), ("b", 2e-3)):
+        trained(monkeypatch, data, tmp_path / "RUN/train" / name, recipe(name, first={"lr": lr}, hold_out=2, validate_every=3))
+    monkeypatch.chdir(tmp_path)
+    found: dict = {}
+    exec(code.replace("100_000", "6"), found)
+    for name, each in (("a", found["a"]), ("b", found["b"])):
+        assert each.shape[1] == 8 and each.mean() == pytest.approx(rows(tmp_path / "RUN/train" / name)[5]["validation"]["loss"], rel=1e-5)
+    bar = rows(tmp_path / "RUN/train/b")[5]["validation"]["standard_error"]
+    assert found["difference"] == pytest.approx(found["b"].mean() - found["a"].mean(), rel=1e-4)
+    assert 0 < found["error"] < 0.5 * bar, "what the images have in common is gone"
 
 
 def test_alignment_lasts_one_epoch_and_a_run_resumed_in_it_is_the_one_that_was_not_stopped(data, tmp_path, monkeypatch):

@@ -6,13 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
-from e2e.test_train_phases import recipe, rows, trained
+from e2e.test_train_phases import image_losses, recipe, rows, trained
 from packed_world import landscapes, make_packed
 
 from k2model import checkpoint
 from pipelines import train as verb
 from pipelines import train_recipes
+from pipelines.report_step import report_step
 from pipelines.survival import AGAIN, Signals
 
 TESTS = Path(__file__).parents[1]
@@ -80,6 +82,13 @@ def torchrun(data: Path, out: Path, processes: int, events: str = "", restarts: 
     return ended.returncode
 
 
+def shown_by(capsys, data: Path, out: Path, step: int) -> list[dict]:
+    """The images that `k2 report --step` has lines of."""
+    capsys.readouterr()
+    assert report_step(str(data), step, str(out)) == 0
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()][:-1]
+
+
 def check_losses(out: Path, straight: Path) -> None:
     """Every step of a run has the numbers of the straight one."""
     assert len(rows(out)) == len(rows(straight)) == 10
@@ -89,10 +98,14 @@ def check_losses(out: Path, straight: Path) -> None:
         for key in ("index", "images", "tokens", "lr", "phase", "num_by_t", "num_by_bucket"):
             assert found[key] == expected[key], (key, expected["step"])
         if "validation" in expected:
-            assert found["validation"]["by_t"] == pytest.approx(expected["validation"]["by_t"], rel=1e-5)
+            for key in ("loss", "by_t", "standard_error", "standard_error_by_t", "losses_at"):
+                assert found["validation"][key] == pytest.approx(expected["validation"][key], rel=1e-5), (key, expected["step"])
+        assert image_losses(out, found) == pytest.approx(image_losses(straight, expected), rel=1e-4), "each at its image's place"
+    each, expected = (np.fromfile(place / "losses.f32", "<f4") for place in (out, straight))
+    assert each == pytest.approx(expected, rel=1e-4), "those of the images held out too"
 
 
-def test_a_run_moves_from_two_processes_to_four_to_one_and_has_the_losses_of_one_process(data, straight, tmp_path, monkeypatch):
+def test_a_run_moves_from_two_processes_to_four_to_one_and_has_the_losses_of_one_process(data, straight, tmp_path, monkeypatch, capsys):
     out = tmp_path / "moved"
     # Rank 1 dies before its fourth step; torchrun starts both again from the checkpoint of step 2, and is itself told to end.
     assert torchrun(data, out, 2, "kill:3:1:0,term:4:0:1", restarts=1) != 0
@@ -102,6 +115,9 @@ def test_a_run_moves_from_two_processes_to_four_to_one_and_has_the_losses_of_one
     assert checkpoint.latest(out / "checkpoints").step == 6
     trained(monkeypatch, data, out, plan())
     check_losses(out, straight)
+    shown = shown_by(capsys, data, out, 4)
+    assert [line["uid"] for line in shown] == [line["uid"] for line in shown_by(capsys, data, straight, 4)]
+    assert [line["loss"] for line in shown] == pytest.approx(list(image_losses(straight, rows(straight)[3])), rel=1e-4)
     state = json.loads((out / "checkpoints/000010/state.json").read_text())
     assert (state["cursor"], state["phase"]) == (4, "512")
 
@@ -118,7 +134,7 @@ def test_two_replicas_of_two_have_the_losses_of_one_process_and_go_on_in_any_lay
     check_losses(out, straight)
 
 
-def test_a_loss_that_is_not_finite_on_one_rank_stops_all_before_the_weights_change(data, tmp_path):
+def test_a_loss_that_is_not_finite_on_one_rank_stops_all_before_the_weights_change(data, tmp_path, monkeypatch, capsys):
     breaks = (
         "\nfrom pipelines import train_step as module\nwhole_loss = module.flow.loss\n"
         "def loss(velocity, clean, noise):\n"
@@ -130,6 +146,9 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all_before_the_weights_chan
     assert torchrun(data, tmp_path, 2, more=breaks) == 1
     assert [row["step"] for row in rows(tmp_path)] == [1, 2], "two parts a step: the fifth is in step 3"
     assert checkpoint.latest(tmp_path / "checkpoints").step == 2
+    monkeypatch.setitem(train_recipes.TRAIN, "ranks", plan)
+    lost = [line["loss"] for line in shown_by(capsys, data, tmp_path, 3)]
+    assert lost[3:6] == ["nan"] * 3 and all(loss > 0 for loss in lost[:3] + lost[6:]), "rank 1 had the second row group"
 
 
 def test_more_processes_than_row_groups_that_do_not_fit_are_refused_in_one_line(data, tmp_path):

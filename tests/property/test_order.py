@@ -35,6 +35,10 @@ def test_every_world_size_and_accumulation_reads_the_same_global_batch(sets, see
     read = Counter((part.group, row) for share in shares for part in share for row in part.rows[: part.num_valid])
     expected = Counter((group, row) for group in order.batch(i) for row in range(order.describe(group)["num_rows"]))
     assert read == expected and sum(read.values()) == order.num_images(i)
+    firsts = {group: sum(order.describe(other)["num_rows"] for other in order.batch(i)[:j]) for j, group in enumerate(order.batch(i))}
+    places = [place for share in shares for part in share for place in part.places]
+    assert places == [firsts[part.group] + row for share in shares for part in share for row in part.rows[: part.num_valid]]
+    assert sorted(places) == list(range(order.num_images(i))), "each image has one place, and repeats have none"
     assert len({len(share) for share in shares}) == 1, "a rank that has fewer parts would leave the others waiting"
     for part in (part for share in shares for part in share):
         assert 1 <= len(part.rows) <= (max_rows or 5) and 0 <= part.num_valid <= len(part.rows)

@@ -11,6 +11,7 @@ from packed_world import landscapes, make_packed
 from PIL import Image
 
 from curation.shards import write_json, write_table
+from k2model import flow
 from k2model.data import Packed
 from k2model.order import Order
 from pipelines import report
@@ -47,10 +48,15 @@ def run(tmp_path, monkeypatch) -> Path:
     training = run / "train/mine"
     fingerprint = Packed(run / "packed/p32").fingerprint
     write_json({"description": {"recipe": {"name": "mine"}, "packed": {"32": [fingerprint]}}}, training / "run.json")
-    rows = [{"step": i + 1, "phase": "32", "index": i, "loss": 1.5, "lr": 1e-3} for i in range(9)]
-    order = Order([Packed(run / "packed/p32")], [1], 1, 0)
-    rows[4]["losses"] = [0.5 + k for k in range(order.num_images(4))]
-    (training / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 10, "pha')
+    order, at, losses = Order([Packed(run / "packed/p32")], [1], 1, 0), 0, []
+    with open(training / "metrics.jsonl", "w") as metrics:
+        for i in range(9):
+            losses += [0.5 + k + 10 * i for k in range(order.num_images(i))]
+            row = {"step": i + 1, "phase": "32", "index": i, "loss": 1.5, "lr": 1e-3, "images": order.num_images(i)}
+            metrics.write(json.dumps(row | {"losses_at": at}) + "\n")
+            at = len(losses)
+        metrics.write('{"step": 10, "pha')
+    np.array(losses, "<f4").tofile(training / "losses.f32")
     (tmp_path / "my.py").write_text(RECIPE)
     monkeypatch.chdir(tmp_path)
     return run
@@ -88,7 +94,8 @@ def test_k2_report_step_writes_lines_a_page_and_a_sheet(run, capsys):
     uids = [uid for group in order.batch(4) for uid in expected.read(order.describe(group)).uids]
     images, made = lines[:-1], lines[-1]
     assert code == 0 and [line["uid"] for line in images] == uids and made["images"] == len(uids)
-    assert [line["loss"] for line in images] == [0.5 + k for k in range(len(uids))]
+    assert [line["loss"] for line in images] == [40.5 + k for k in range(len(uids))]
+    assert [line["t"] for line in images] == pytest.approx(flow.draw(0, 4, uids, (16, 4, 4), 0.5).t.tolist(), abs=1e-4)
     for line in images:
         assert line["step"] == 5 and line["annotations"]["basics"] == {"sharpness": int(line["uid"][-3:]) / 8, "vector": "4 bytes"}
     page = Path(made["page"]).read_text()
@@ -109,9 +116,22 @@ def _contained(pixels: np.ndarray) -> np.ndarray:
 
 
 def test_every_step_is_found_without_losses_too(run, capsys):
+    kept = run / "train/mine/losses.f32"
+    kept.write_bytes(kept.read_bytes()[:-4])
     for step in range(1, 10):
-        code, lines, _ = asked(capsys, run, "--step", str(step), "--recipe", "my.py:mine", "--training", "mine")
-        assert code == 0 and (step == 5 or {line["loss"] for line in lines[:-1]} == {None})
+        code, lines, said = asked(capsys, run, "--step", str(step), "--recipe", "my.py:mine", "--training", "mine")
+        losses = [line["loss"] for line in lines[:-1]]
+        assert code == 0 and losses == ([None] * len(losses) if step == 9 else [0.5 + k + 10 * (step - 1) for k in range(len(losses))])
+        assert ("losses.f32 has no losses of step 9" in said) == (step == 9)
+
+
+def test_rows_of_a_run_that_kept_no_losses_are_found(run, capsys):
+    metrics = run / "train/mine/metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace("losses_at", "other"))
+    for step in (1, 5, 10):
+        code, lines, _ = asked(capsys, run, "--step", str(step), "--recipe", "my.py:mine")
+        assert code == 0 and {line["loss"] for line in lines[:-1]} == {None}
+        assert "highest loss" not in Path(lines[-1]["page"]).read_text()
 
 
 def test_an_epoch_of_steps_shows_every_image_once(run):
@@ -131,7 +151,7 @@ def test_annotations_of_one_file_per_shard_and_of_one_file_for_all(run):
 
 def test_hostile_captions_are_text_on_the_page(run, capsys):
     plan, span, _ = where(str(run), run / "train/mine", "my.py:mine", 1)
-    rows = [row for i in range(len(span.order.sets[0])) for row in seen(step_images(span.order, i), plan, span.phase, 1)]
+    rows = [row | {"loss": None} for i in range(len(span.order.sets[0])) for row in seen(step_images(span.order, i), plan, span.phase, 1)]
     assert write(str(run), run / "train/mine", {"step": 1, "phase": "32", "index": 0, "loss": 1.0}, rows) == 0
     capsys.readouterr()
     page = (run / "train/mine/step-1.html").read_text()
@@ -166,8 +186,8 @@ def test_what_cannot_be_walked_back_says_why(run, capsys):
         assert (code, lines) == (2, []) and words in said
     metrics = run / "train/mine/metrics.jsonl"
     whole = metrics.read_text()
-    metrics.write_text(whole.replace('"losses": [', '"losses": [9, '))
-    assert "losses for" in asked(capsys, run, "--step", "5", *mine)[2]
+    metrics.write_text(whole.replace('"images": 3', '"images": 2'))
+    assert "losses for 2 images, and its batch is of 3" in asked(capsys, run, "--step", "5", *mine)[2]
     metrics.write_text(whole)
     make_packed(run / "packed/p32", world()[:-1], 32, 3)
     code, lines, said = asked(capsys, run, "--step", "5", *mine)
@@ -182,8 +202,34 @@ def test_what_cannot_be_walked_back_says_why(run, capsys):
 
 
 def test_the_step_that_stopped_a_run_has_no_row_and_is_found(run, capsys):
+    with open(run / "train/mine/losses.f32", "ab") as kept:
+        kept.write(np.array([1, np.nan, 2], "<f4").tobytes())
     code, lines, _ = asked(capsys, run, "--step", "10", "--recipe", "my.py:mine")
     packed = Packed(run / "packed/p32")
     order = Order([packed], [1], 1, 0)
     uids = [uid for group in order.batch(9) for uid in packed.read(order.describe(group)).uids]
     assert code == 0 and [line["uid"] for line in lines[:-1]] == uids
+    assert [line["loss"] for line in lines[:-1]] == [1, "nan", 2]
+    page = Path(lines[-1]["page"]).read_text()
+    assert page.index(f'alt="{uids[1]}"') < page.index(f'alt="{uids[2]}"'), "a loss that is no number comes first"
+    assert '<span class="loss">nan</span>' in page and "images whose loss is not finite</span> 1" in page
+
+
+def test_a_batch_of_2048_images_has_a_line_for_each_and_a_page_of_the_highest(tmp_path, capsys, monkeypatch):
+    (picture,) = landscapes(1, [(32, 32)])
+    packed = make_packed(tmp_path / "run/packed/p32", [(f"s/{i:04d}", picture[1], picture[2]) for i in range(2048)], 32, 32, 16)
+    training = tmp_path / "run/train/large"
+    write_json({"description": {"recipe": {"name": "large"}, "packed": {"32": [Packed(packed).fingerprint]}}}, training / "run.json")
+    losses = np.random.default_rng(0).permutation(2048).astype("<f4")
+    (training / "metrics.jsonl").write_text(json.dumps({"step": 1, "phase": "32", "images": 2048, "loss": 1.5, "losses_at": 0}) + "\n")
+    losses.tofile(training / "losses.f32")
+    (tmp_path / "my.py").write_text(RECIPE.replace("num_samples=1", "num_samples=1, num_groups=64"))
+    monkeypatch.chdir(tmp_path)
+    code, lines, _ = asked(capsys, tmp_path / "run", "--step", "1", "--recipe", "my.py:mine")
+    assert code == 0 and [line["loss"] for line in lines[:-1]] == list(losses) and lines[-1]["shown"] == 128
+    page = Path(lines[-1]["page"]).read_text()
+    places = {uid: page.find(f'alt="{uid}"') for uid in (line["uid"] for line in lines[:-1])}
+    by_loss = sorted((line["loss"], line["uid"]) for line in lines[:-1])[::-1]
+    found = [places[uid] for _, uid in by_loss[:128]]
+    assert found == sorted(found) and found[0] > 0 and {places[uid] for _, uid in by_loss[128:]} == {-1}
+    assert "128 of 2048 are shown" in page and len(page) < 2_000_000

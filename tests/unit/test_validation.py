@@ -2,11 +2,15 @@
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 from small_k2 import SMALL, small_model
 
 from k2model import flow
-from k2model.validation import Held, Ledger, fixed_noise, fixed_times, losses, validation_sums
+from k2model.validation import Held, Ledger, fixed_noise, fixed_times, summary, validation_losses
 
 
 def held(first, count, fill=0):
@@ -15,12 +19,12 @@ def held(first, count, fill=0):
     generators = [torch.Generator().manual_seed(row) for row in rows]
     clean = torch.stack([torch.randn(SMALL.channels, 4, 6, generator=generator) for generator in generators])
     text = torch.stack([torch.randn(3, SMALL.text_taps, SMALL.text_dim, generator=generator) for generator in generators])
-    return Held(clean, text, torch.ones(len(rows), 3, dtype=torch.bool), [f"s/{row}" for row in rows], count)
+    return Held(clean, text, torch.ones(len(rows), 3, dtype=torch.bool), [f"s/{row}" for row in rows], range(first, first + count))
 
 
 def test_the_loss_at_each_time_is_that_of_fixed_noise():
     model = small_model()
-    found = losses(validation_sums(model, [held(0, 3)], 4, seed=7))
+    found = summary(validation_losses(model, [held(0, 3)], 3, 4, seed=7))
     assert fixed_times(4) == [0.125, 0.375, 0.625, 0.875]
     by_t = []
     with torch.no_grad():
@@ -37,10 +41,42 @@ def test_the_loss_at_each_time_is_that_of_fixed_noise():
 
 def test_it_does_not_matter_how_rows_lie_in_batches_and_ranks():
     model = small_model()
-    whole = validation_sums(model, [held(0, 6)], 3, seed=0)
-    ranks = [validation_sums(model, [held(0, 1), held(4, 2)], 3, seed=0), validation_sums(model, [held(1, 3, fill=2)], 3, seed=0)]
-    assert torch.equal(sum(ranks)[1], whole[1]) and torch.allclose(sum(ranks), whole, rtol=1e-5)
-    assert losses(sum(ranks))["by_t"] == pytest.approx(losses(whole)["by_t"], rel=1e-5)
+    whole = validation_losses(model, [held(0, 6)], 6, 3, seed=0)
+    batches = [held(0, 1), held(4, 2)], [held(1, 3, fill=2), held(0, 1)._replace(places=())]  # one has nothing left, and goes along
+    ranks = [validation_losses(model, mine, 6, 3, seed=0) for mine in batches]
+    assert whole.dtype == torch.float64 and whole.min() > 0 and torch.allclose(sum(ranks), whole, rtol=1e-5)
+    found, expected = summary(sum(ranks)), summary(whole)
+    assert found["images"] == expected["images"] == 6
+    for key in ("loss", "by_t", "standard_error", "standard_error_by_t"):
+        assert found[key] == pytest.approx(expected[key], rel=1e-5), key
+
+
+tables = arrays(np.float64, st.tuples(st.integers(1, 40), st.integers(1, 9)), elements=st.floats(0, 50))
+
+
+@given(tables)
+def test_a_standard_error_is_that_of_the_mean_over_images(each):
+    found = summary(torch.from_numpy(each))
+    assert found["images"] == len(each)
+    assert found["loss"] == pytest.approx(each.mean()) and found["by_t"] == pytest.approx(each.mean(0))
+    if len(each) == 1:
+        assert found["standard_error"] is None and found["standard_error_by_t"] is None
+        return
+    by_image = np.array([np.mean(line) for line in each])
+    assert found["standard_error"] == pytest.approx(
+        np.sqrt(np.sum((by_image - by_image.mean()) ** 2) / (len(each) - 1) / len(each)), abs=1e-9
+    )
+    assert found["standard_error_by_t"] == pytest.approx(scipy.stats.sem(each, axis=0), abs=1e-9)
+
+
+def test_the_standard_error_is_how_far_means_of_other_images_lie_apart():
+    rng = np.random.default_rng(0)
+    world = rng.gamma(2, 1, (2000, 1)) + rng.gamma(1, 0.5, (2000, 8))  # images that are hard at all times, and noise of their own
+    draws = [summary(torch.from_numpy(world[rng.integers(0, 2000, 50)])) for _ in range(400)]
+    spread = np.std([found["loss"] for found in draws])
+    assert np.mean([found["standard_error"] for found in draws]) == pytest.approx(spread, rel=0.1)
+    spread_by_t = np.std([found["by_t"] for found in draws], axis=0)
+    assert np.mean([found["standard_error_by_t"] for found in draws], axis=0) == pytest.approx(spread_by_t, rel=0.15)
 
 
 def test_noise_is_of_the_seed_the_image_and_the_time():
@@ -52,9 +88,9 @@ def test_noise_is_of_the_seed_the_image_and_the_time():
 
 def test_validation_keeps_no_graph_and_needs_an_image():
     model = small_model()
-    assert not validation_sums(model, [held(0, 2)], 2, seed=0).requires_grad
+    assert not validation_losses(model, [held(0, 2)], 2, 2, seed=0).requires_grad
     with pytest.raises(ValueError, match="no image to validate on"):
-        losses(validation_sums(model, [], 2, seed=0))
+        summary(validation_losses(model, [], 0, 2, seed=0))
 
 
 def fed(ledgers):
