@@ -183,7 +183,7 @@ class Bench:
             "kernel": parts.kernel.__name__,
             "memory_gib": found["memory_gib"] - held,
             "frozen_gib": held,
-            "plan_gib": memory_gib(plan, phase, order, 1, case.rows)["peak"],
+            "plan_gib": memory_gib(plan, phase, order, parallel.divide(1), case.rows)["peak"],
             "mfu": self.mfu(flops / found["seconds"]),
             "mfu_model": self.mfu(flops / model),
             "parts": {name: seconds / found["seconds"] for name, seconds in found.pop("spent").items()},
