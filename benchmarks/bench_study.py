@@ -266,12 +266,12 @@ class Judge:
 # --- the study ---
 
 
-def done() -> list[dict]:
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+def done(results: Path = RESULTS) -> list[dict]:
+    return [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
 
 
-def record(line: dict) -> None:
-    with open(RESULTS, "a") as file:
+def record(line: dict, results: Path = RESULTS) -> None:
+    with open(results, "a") as file:
         file.write(json.dumps(line | {"commit": commit(), "versions": versions()}) + "\n")
 
 
