@@ -39,9 +39,9 @@ from pipelines.pack import pack
 from pipelines.train import train
 from pipelines.train_recipes import TRAIN, Phase, TrainRecipe
 
-MUS = (-1.0, -0.25, 0.5, 1.25, 2.0)  # 0.5 is about `flow.resolution_mu` at up to 256 tokens
-STEPS, BATCH = {64: 450, 128: 280}, {64: 16, 128: 8}  # of the small sweep, by resolution
-NUM_CAPTIONS, NUM_EACH = 32, 4  # samples: noises for each caption
+MUS = (-1.5, -0.5, 0.5, 1.5)  # 0.5 is about `flow.resolution_mu` at up to 256 tokens
+STEPS, BATCH = {64: 320, 128: 200}, {64: 16, 128: 8}  # of the small sweep, by resolution
+NUM_CAPTIONS, NUM_EACH = 24, 4  # samples: noises for each caption
 NUM_EULER = 12
 ROWS = 16  # samples that are made at once
 REFERENCE = 2048  # most images that samples are held against
@@ -71,7 +71,7 @@ VARIETY = ("Vendi score", "intra-prompt")  # has no best value: noise is varied 
 
 
 def small() -> TrainRecipe:
-    """The study's model at 16 and 64 image tokens; the steps are what a core bears in an hour with five mus and three seeds."""
+    """The study's model at 16 and 64 image tokens; the steps are what a core bears in half an hour with four mus and three seeds."""
     phases = tuple(
         Phase(str(side), f"shift_{side}", side, steps, LR, 20, 2 * steps // 5, 0.5, num_samples=1) for side, steps in STEPS.items()
     )
