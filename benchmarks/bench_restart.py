@@ -3,10 +3,11 @@
     OMP_NUM_THREADS=1 python benchmarks/bench_restart.py [--tries 20]
 
 A try is one run of a small recipe (three phases, a checkpoint every second step, validation, alignment in the first phase, merging before
-the second) that is started again until it is done. Of each start but the last one rank, chosen at random, gets SIGKILL at a random moment
-after a random step, which falls into steps, samples and checkpoint writes (one time in five: while it starts); the others of its world
-are then ended as torchrun does. Half of the tries stay on one process and must end in the same bytes; the others take 1, 2 or 4
-processes (gloo, FSDP2) for each start and must agree within rounding.
+the second, several captions an image) that is started again until it is done. Of each start but the last one rank, chosen at random, gets
+SIGKILL at a random moment after a random step, which falls into steps, samples and checkpoint writes (one time in five: while it
+starts); the others of its world are then ended as torchrun does. Half of the tries stay on one process and must end in the same bytes;
+the others take 1, 2 or 4 processes (gloo, FSDP2; four as one copy of the model or as two replicas) for each start and must agree within
+rounding, the losses of single images too.
 Ranks are forks of this process, which has imported everything, so that a start takes no time.
 Appends one JSON line to benchmarks/results/restart.jsonl.
 """
@@ -25,6 +26,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import tyro
 
@@ -58,7 +60,7 @@ def recipe() -> TrainRecipe:
     return replace(whole, name="restart", model=model, phases=phases, **intervals)
 
 
-def start(run: Path, out: Path, world: int) -> list[int]:
+def start(run: Path, out: Path, world: int, replicas: int = 1) -> list[int]:
     """Fork the ranks; their process ids."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -76,7 +78,7 @@ def start(run: Path, out: Path, world: int) -> list[int]:
             silent = os.open(out.parent / f"{out.name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(silent, 1)
             os.dup2(silent, 2)
-            code = verb.train(str(run), "restart", str(out), "cpu", threads=1)
+            code = verb.train(str(run), "restart", str(out), "cpu", threads=1, fsdp=world // replicas if replicas > 1 else None)
         except BaseException:
             traceback.print_exc()
         finally:
@@ -130,9 +132,13 @@ def rows(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-def apart(found: list[dict], expected: list[dict]) -> float:
-    """Largest relative difference of losses, norms and validation losses; infinity where a step has other images."""
-    worst = 0.0
+def apart(out: Path, straight: Path) -> float:
+    """Largest relative difference of losses, of single images too, norms and validation; infinity where a step has other images."""
+    found, expected = rows(out), rows(straight)
+    each, of_straight = (np.fromfile(place / "losses.f32", "<f4") for place in (out, straight))
+    if each.shape != of_straight.shape:
+        return float("inf")
+    worst = float((np.abs(each - of_straight) / np.abs(of_straight)).max())
     for a, b in zip(found, expected, strict=True):
         if any(a[key] != b[key] for key in ("step", "phase", "index", "images", "tokens", "num_by_t")):
             return float("inf")
@@ -155,19 +161,23 @@ def main(tries: int = 20, kills: int = 3, seed: int = 0) -> None:
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder)
         for size in SIZES.values():
-            make_packed(run / "packed" / f"p{size}", landscapes(60, [(size, size), (size, size - 16)], seed=size), size, 3)
-        seconds, straight = {}, {}
+            pictures = landscapes(60, [(size, size), (size, size - 16)], seed=size)
+            pictures = [(uid, [caption, f"{caption}, " * 8, f"{caption}, " * 30], pixels) for uid, caption, pixels in pictures]
+            make_packed(run / "packed" / f"p{size}", pictures, size, 3)
+        seconds = {}
         for world in (1, 2, 4):
             begun = time.monotonic()
             codes, log = wait(start(run, run / f"straight{world}", world)), run / f"straight{world}.log"
             assert codes == [0] * world, (codes, log.read_text()[-3000:])
-            seconds[world], straight[world] = time.monotonic() - begun, rows(run / f"straight{world}")
-        print({"seconds": seconds, "worlds_apart": [apart(straight[world], straight[1]) for world in (2, 4)]}, flush=True)
+            seconds[world] = time.monotonic() - begun
+        worlds_apart = {world: apart(run / f"straight{world}", run / "straight1") for world in (2, 4)}
+        print({"seconds": seconds, "worlds_apart": worlds_apart}, flush=True)
         for number in range(tries):
             out, alone, history = run / f"try{number}", number % 2 == 0, []
             while True:
                 world = 1 if alone else chance.choice((1, 2, 4))
-                ranks = start(run, out, world)
+                replicas = chance.choice((1, 2)) if world == 4 else 1
+                ranks = start(run, out, world, replicas)
                 victim = chance.randrange(world)
                 codes = wait(ranks) if len(history) >= kills else wait(ranks, moment(chance, out))
                 if codes is not None:
@@ -175,10 +185,10 @@ def main(tries: int = 20, kills: int = 3, seed: int = 0) -> None:
                     break
                 kill(ranks, ranks[victim])
                 written = rows_written(out)
-                history.append({"world": world, "rank": victim, "rows": written})
-            place = "checkpoints/000028/model.safetensors"
-            same = (out / place).read_bytes() == (run / "straight1" / place).read_bytes()
-            found = {"alone": alone, "killed": history, "apart": apart(rows(out), straight[1]), "same_bytes": same}
+                history.append({"world": world, "replicas": replicas, "rank": victim, "rows": written})
+            places = ("checkpoints/000028/model.safetensors", "losses.f32")
+            same = all((out / place).read_bytes() == (run / "straight1" / place).read_bytes() for place in places)
+            found = {"alone": alone, "killed": history, "apart": apart(out, run / "straight1"), "same_bytes": same}
             results.append(found)
             print(json.dumps(found), flush=True)
             shutil.rmtree(out)
@@ -187,7 +197,7 @@ def main(tries: int = 20, kills: int = 3, seed: int = 0) -> None:
         "kills": sum(len(found["killed"]) for found in results),
         "same_bytes_of_those_on_one_process": [sum(f["same_bytes"] for f in results if f["alone"]), sum(f["alone"] for f in results)],
         "largest_difference": max(found["apart"] for found in results),
-        "worlds_apart": {world: apart(straight[world], straight[1]) for world in (2, 4)},
+        "worlds_apart": worlds_apart,
         "results": results,
         "torch": torch.__version__,
     }
